@@ -1,0 +1,56 @@
+# Everything runs in .venv, which `setup` makes from requirements.lock with nothing but Python.
+PYTHON ?= python3
+BIN := .venv/bin
+# Transparent huge pages: XLA on CPU takes memory afresh for each step, which costs a third of its time in small pages.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train check format lint types test test-all smoke bench docs lock
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: .venv/ready ## make .venv with all dependencies
+
+.venv/ready: requirements.lock pyproject.toml
+	@echo "Setting up .venv (once, under a minute)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock || $(BIN)/python -m pip install -q -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+train: setup ## train a language model on Python's own sources, in about two minutes (ARGS="--help" for more)
+	@$(BIN)/python experiments/pretrain.py $(ARGS)
+
+check: lint types test smoke docs ## all that must hold before a commit
+
+format: setup ## put the source into its standard form
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lint: setup ## ruff
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: setup ## pyright
+	$(BIN)/pyright
+
+test: setup ## the tests but the slow ones
+	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## all tests that this machine can run
+	$(BIN)/pytest $(ARGS)
+
+smoke: setup ## every experiment and benchmark, two steps each
+	$(BIN)/pytest tests/test_experiments.py -m "" $(ARGS)
+
+bench: setup ## train-step time against baselines, in one run
+	$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+docs: setup ## the examples in docstrings and the README's program
+	$(BIN)/pytest jaxlm tests/test_readme.py $(ARGS)
+
+lock: setup ## choose the newest versions that fit together
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra experiments --extra dev --no-emit-index-url --upgrade pyproject.toml -o requirements.lock

@@ -1,0 +1,98 @@
+"""Text from a model."""
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Integer
+
+from jaxlm.checkpoint import load_params
+from jaxlm.data.tokenizers import Tokenizer, tokenizer_of
+from jaxlm.models import TransformerConfig, empty_cache, transformer
+from jaxlm.types import Params
+
+
+@functools.partial(jax.jit, static_argnames=("config", "length"))
+def generate(
+    config: TransformerConfig,
+    params: Params,
+    prompt: Integer[Array, "B T"],
+    key: jax.Array,
+    *,
+    length: int,
+    temperature: float = 1.0,
+) -> Integer[Array, "B length"]:
+    """Samples `length` tokens after each prompt, keeping keys and values of what came before.
+
+    Args:
+        config: the model's shape.
+        params: its parameters; the cache has their dtype.
+        prompt: rows of ids, all of one length.
+        key: for the draws.
+        length: how many tokens to draw.
+        temperature: divides the logits; 0 takes the likeliest token always.
+
+    Returns:
+        The drawn ids, int32.
+    """
+    _, apply = transformer(config)
+    rows, prompt_length = prompt.shape
+    cache = empty_cache(config, rows, prompt_length + length, params["embed"].dtype)
+
+    def draw(logits: jax.Array, key: jax.Array) -> jax.Array:
+        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+        return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        token, cache = carry
+        logits, cache = apply(params, token[:, None], cache=cache)
+        token = draw(logits[:, -1], key)
+        return (token, cache), token
+
+    first_key, *_ = keys = jax.random.split(key, length)
+    logits, cache = apply(params, prompt, cache=cache)
+    first = draw(logits[:, -1], first_key)
+    _, rest = jax.lax.scan(step, (first, cache), keys[1:])
+    return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+
+def complete(
+    config: TransformerConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    length: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """A text and `length` more tokens of it, or fewer if the document ends before."""
+    prompt = tokenizer.encode(text.encode())[:-1]  # without the end
+    ids = generate(
+        config,
+        params,
+        jnp.asarray(prompt, jnp.int32)[None],
+        jax.random.key(seed),
+        length=length,
+        temperature=temperature,
+    )
+    drawn = np.asarray(ids[0])
+    ends = np.flatnonzero(drawn == tokenizer.end)
+    return text + tokenizer.decode(drawn[: ends[0]] if len(ends) else drawn).decode(errors="replace")
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Params, Tokenizer]:
+    """The newest model in a folder of checkpoints: all that `complete` needs.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint.
+        ValueError: its model or its tokenizer is unknown to this version.
+    """
+    params, about = load_params(folder)
+    try:
+        return TransformerConfig(**about["model"]), params, tokenizer_of(about["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has no model of this version: {error}") from None

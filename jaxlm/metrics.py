@@ -1,0 +1,143 @@
+"""The record of a run: its configuration, source, versions, and a line of metrics for each step."""
+
+import collections
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def open_run(folder: str | os.PathLike[str], config: Mapping[str, Any], source: str | os.PathLike[str]) -> Path:
+    """Makes the folder of a run, or checks that it is this run's.
+
+    It gets `config.json`, `versions.json` and a copy of the source that made it; later `Log` adds to it.
+
+    Args:
+        folder: where.
+        config: all that the run depends on, as JSON.
+        source: the file of the experiment.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder belongs to a run with another configuration; the first difference is named.
+        OSError: the disk is full or can't be written to.
+    """
+    folder = Path(folder)
+    config = json.loads(json.dumps(config))
+    if (folder / "config.json").exists():
+        saved = json.loads((folder / "config.json").read_text())
+        for name in {**saved, **config}:
+            if saved.get(name) != config.get(name):
+                raise ValueError(
+                    f"{folder} belongs to another configuration: {name} is {saved.get(name)!r} there and "
+                    f"{config.get(name)!r} here; give the run another name or delete the folder"
+                )
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, folder)
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+    write_whole(folder / "config.json", json.dumps(config, indent=1))
+    return folder
+
+
+def versions() -> dict[str, Any]:
+    """The versions and devices that a result depends on."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    devices = [jax.devices()[0].device_kind, len(jax.devices())]
+    return {"python": platform.python_version(), **packages, "machine": platform.machine(), "devices": devices}
+
+
+class Log:
+    """Two files of JSON lines in a run's folder: `metrics.jsonl`, which is the same whenever and however often
+    interrupted a run is repeated, and `timing.jsonl`, the seconds that each step took.
+
+    Metrics are read one step late, so that the device always has a next step to go on with.
+
+    Args:
+        folder: the folder of the run.
+        step: the step from which the run goes on: lines of later ones, written after the checkpoint, are removed.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self._paths = [folder / "metrics.jsonl", folder / "timing.jsonl"]
+        for path in self._paths:
+            _keep_until(path, step)
+        self._files = [path.open("a") for path in self._paths]
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._last = time.perf_counter()
+        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
+        self.latest: dict[str, float] = {}
+        """The newest values of all metrics that have been read."""
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def __str__(self) -> str:
+        """For a progress line: the newest loss, held-out loss, and real tokens per second over the last 20 steps."""
+        weights, seconds = map(sum, zip(*self._recent, strict=True)) if self._recent else (0.0, 1.0)
+        loss, heldout = (self.latest.get(name, math.nan) for name in ("loss", "heldout"))
+        return f"loss {loss:.3f}  held out {heldout:.3f} bits/byte  {weights / seconds:,.0f} tokens/s"
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step, and writes those of the step before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes what has been taken, once the device has computed it."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        now = time.perf_counter()
+        for file, line in zip(self._files, (values, {"seconds": round(now - self._last, 6)}), strict=True):
+            file.write(json.dumps({"step": step, **line}) + "\n")
+            file.flush()
+        self._recent.append((values.get("weight", 0.0), now - self._last))
+        self.latest |= values
+        self._pending, self._last = None, now
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last step out of the next one's seconds."""
+        self._last = time.perf_counter()
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a file that `Log` wrote, but for a last one that was cut off."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    lines = read_log(path)
+    kept = [line for line in lines if line["step"] <= step]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _installed(package: str) -> bool:
+    return any(importlib.metadata.distributions(name=package))

@@ -1,0 +1,8 @@
+"""Models as pairs of pure functions, `(init, apply)`."""
+
+from jaxlm.models.functional import functional as functional
+from jaxlm.models.transformer import Cache as Cache
+from jaxlm.models.transformer import Transformer as Transformer
+from jaxlm.models.transformer import TransformerConfig as TransformerConfig
+from jaxlm.models.transformer import empty_cache as empty_cache
+from jaxlm.models.transformer import transformer as transformer

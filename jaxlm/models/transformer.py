@@ -1,0 +1,218 @@
+"""The decoder: one block, stacked and scanned."""
+
+import dataclasses
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Integer
+
+from jaxlm.models.attention import attention
+from jaxlm.models.functional import functional
+from jaxlm.models.layers import Activation, FeedForward, Linear, RMSNorm, rotary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The shape of a decoder: what must be known to read its weights. It is saved with them.
+
+    Raises:
+        ValueError: a size below 1, `width` that `heads` doesn't divide, `heads` that `kv_heads` doesn't divide, an odd
+            head width, or an unknown activation.
+    """
+
+    vocab: int
+    """Number of token ids."""
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int | None = None
+    """Key and value heads, each shared by `heads / kv_heads` query heads; None: as many as `heads`."""
+    hidden: int | None = None
+    """Width of the feed-forward layer; None: 8/3 of `width` for SwiGLU, rounded up to 32, else 4 times `width`."""
+    activation: Activation = "swiglu"
+    qk_norm: bool = False
+    """RMSNorm of queries and keys before the rotation, a scale per element of a head."""
+    tied: bool = False
+    """The output matrix is the transposed embedding."""
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        for name in ("vocab", "layers", "width", "heads", "key_heads", "hidden_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)}; use 1 or more")
+        if self.activation not in get_args(Activation):
+            raise ValueError(
+                f"TransformerConfig: unknown activation {self.activation!r}; use one of {get_args(Activation)}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"TransformerConfig: width {self.width} is not divisible by {self.heads} heads")
+        if self.heads % self.key_heads:
+            raise ValueError(f"TransformerConfig: {self.heads} heads are not divisible by {self.key_heads} kv_heads")
+        if self.head_width % 2:
+            raise ValueError(
+                f"TransformerConfig: rotary positions need an even head width, not {self.width}/{self.heads}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden_width(self) -> int:
+        if self.hidden is not None:
+            return self.hidden
+        return -(-self.width * 8 // (3 * 32)) * 32 if self.activation == "swiglu" else 4 * self.width
+
+
+class Cache(NamedTuple):
+    """The keys and values of the positions seen so far, for generating."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    length: Int[Array, ""]
+    """Positions seen."""
+
+
+def empty_cache(config: TransformerConfig, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    """A cache for `length` positions of each of `rows` rows."""
+    shape = (config.layers, rows, length, config.key_heads, config.head_width)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+class Where(NamedTuple):
+    """Where in their documents the tokens are: the same for all layers."""
+
+    first: Int[Array, ""]
+    """The index of the first token among the cached ones; 0 without a cache."""
+    positions: Int[Array, "#B T"]
+    """Counted from the start of each document."""
+    segments: Integer[Array, "B T"] | None
+
+
+KeysAndValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+
+
+class Attention(nnx.Module):
+    """Projections, rotary positions and causal attention."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, out_scale: float):
+        self.config = config
+        inner = config.heads * config.head_width
+        self.q = Linear(config.width, inner, rngs)
+        self.k = Linear(config.width, config.key_heads * config.head_width, rngs)
+        self.v = Linear(config.width, config.key_heads * config.head_width, rngs)
+        self.o = Linear(inner, config.width, rngs, std=out_scale * inner**-0.5)
+        norm = RMSNorm if config.qk_norm else None
+        self.q_norm = norm and norm(config.head_width, rngs, epsilon=config.norm_epsilon)
+        self.k_norm = norm and norm(config.head_width, rngs, epsilon=config.norm_epsilon)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None
+    ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
+        config = self.config
+        q, k, v = (linear(x).reshape(*x.shape[:2], -1, config.head_width) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotary(y, where.positions, config.rope_theta) for y in (q, k))
+        if cached is not None:
+            cached = _put(cached[0], k, where.first), _put(cached[1], v, where.first)
+            k, v = cached
+        y = attention(q, k, v, first=where.first, segments=where.segments)
+        return self.o(y.reshape(*x.shape[:2], -1)), cached
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each after a norm and added to its input."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        out_scale = (2 * config.layers) ** -0.5  # keeps the residual stream's variance independent of depth
+        self.attention_norm = RMSNorm(config.width, rngs, epsilon=config.norm_epsilon)
+        self.attention = Attention(config, rngs, out_scale=out_scale)
+        self.feed_forward_norm = RMSNorm(config.width, rngs, epsilon=config.norm_epsilon)
+        self.feed_forward = FeedForward(config.width, config.hidden_width, config.activation, rngs, out_scale=out_scale)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None
+    ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
+        y, cached = self.attention(self.attention_norm(x), where, cached)
+        x = x + y
+        return x + self.feed_forward(self.feed_forward_norm(x)), cached
+
+
+class Transformer(nnx.Module):
+    """A decoder of the Llama family: RMSNorm before each part, rotary positions, grouped queries.
+
+    The blocks' parameters are stacked, `[L ...]`, and run by one `jax.lax.scan`.
+
+    Args:
+        config: the shape.
+        rngs: the keys to draw parameters with.
+        unroll: run the layers one after another in the compiled program rather than in a loop: longer to compile,
+            often faster on GPUs. The parameters are the same.
+    """
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, unroll: bool = False):
+        self.config, self.unroll = config, unroll
+        self.embed = nnx.Param(config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab, config.width)))
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
+        self.norm = RMSNorm(config.width, rngs, epsilon=config.norm_epsilon)
+        self.head = None if config.tied else Linear(config.width, config.vocab, rngs)
+
+    def __call__(
+        self,
+        tokens: Integer[Array, "B T"],
+        *,
+        segments: Integer[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Logits, `[B T V]` float32, of the token after each; with a `cache`, `(logits, cache)`.
+
+        Args:
+            tokens: ids below `config.vocab`.
+            segments: the document number of each token in its row, counted from 1; attention and positions restart
+                with each document. None: each row is one document.
+            cache: what came before `tokens`, which must fit in what is left of it. Excludes `segments`.
+        """
+        embed = self.embed[...]
+        first = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        positions = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        if segments is not None:
+            positions = positions - _starts(segments)
+        where = Where(first, positions, segments)
+        cached = None if cache is None else (cache.k, cache.v)
+        x, cached = jax.lax.scan(
+            lambda x, layer: layer[0](x, where, layer[1]),
+            embed[tokens],
+            (self.blocks, cached),
+            unroll=self.config.layers if self.unroll else 1,
+        )
+        matrix = embed.T if self.head is None else self.head.kernel[...]
+        flat = self.norm(x).reshape(-1, self.config.width)
+        logits = jnp.matmul(flat, matrix, preferred_element_type=jnp.float32).reshape(*tokens.shape, -1)
+        return logits if cached is None else (logits, Cache(*cached, first + tokens.shape[1]))
+
+
+def _put(
+    cached: Float[Array, "B S K H"], new: Float[Array, "B T K H"], first: Int[Array, ""]
+) -> Float[Array, "B S K H"]:
+    return jax.lax.dynamic_update_slice_in_dim(cached, new.astype(cached.dtype), first, axis=1)
+
+
+def _starts(segments: Integer[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position at which each token's segment begins."""
+    positions = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    begins = segments != jnp.roll(segments, 1, axis=1)
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
+def transformer(config: TransformerConfig, **options: Any):
+    """`Transformer(config, rngs, **options)` as `(init, apply)`."""
+    return functional(lambda rngs: Transformer(config, rngs, **options))

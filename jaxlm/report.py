@@ -1,0 +1,110 @@
+"""A run as one page to look at: the only module that draws. It needs matplotlib, from the extra `experiments`."""
+
+import html
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxlm.metrics import read_log, write_whole
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
+h1 { margin-bottom: 0 } svg { width: 100%; height: auto } table { border-collapse: collapse }
+td { padding: .1rem 1.5rem .1rem 0; border-bottom: 1px solid #ddd } td + td { font-variant-numeric: tabular-nums }
+pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: 14px } summary { cursor: pointer }"""
+
+
+def write_report(folder: Path, results: Mapping[str, str], sample: str) -> Path:
+    """Writes `report.html` into the folder of a run: results, curves, a sample, configuration and versions.
+
+    Args:
+        folder: the folder of a run, with the files that `open_run` and `Log` write.
+        results: what to show at the top, by name.
+        sample: generated text.
+
+    Returns:
+        The path of the page, which needs no other file.
+    """
+    lines, timing = read_log(folder / "metrics.jsonl"), read_log(folder / "timing.jsonl")
+    config, versions = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "versions"))
+    title = html.escape(f"{folder.name}")
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
+<h1>{title}</h1>
+{_table(results)}
+{_curves(lines, timing)}
+<h2>Sample</h2><pre>{html.escape(sample)}</pre>
+<details><summary>Configuration</summary>{_table(config)}</details>
+<details><summary>Versions</summary>{_table(versions)}</details>
+</html>
+"""
+    write_whole(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def smooth(values: Sequence[float], window: int) -> Float[np.ndarray, " N"]:
+    """The mean of each value and up to `window - 1` before it."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(last - window, 0)
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]]) -> str:
+    """Loss, learning rate and throughput against the step, as SVG."""
+    if not lines:
+        return "<p>No step was taken.</p>"
+    steps = [line["step"] for line in lines]
+    window = max(1, len(lines) // 50)
+
+    def loss(axes: Axes) -> None:
+        bits = [line["loss"] / np.log(2) for line in lines]
+        axes.plot(steps, bits, color="0.8", linewidth=0.7)
+        axes.plot(steps, smooth(bits, window), label="training, bits per token")
+        heldout = [(line["step"] - 1, line["heldout"]) for line in lines if "heldout" in line]
+        if heldout:
+            axes.plot(*zip(*heldout, strict=True), "o-", markersize=3, label="held out, bits per byte")
+        axes.set_ylim(0, 1.05 * max(np.quantile(bits, 0.98), *(bits for _, bits in heldout[1:]), 0.1))
+        axes.legend(frameon=False)
+
+    def rate(axes: Axes) -> None:
+        axes.plot(steps, [line["learning_rate"] for line in lines])
+        axes.set_ylim(0)
+
+    def throughput(axes: Axes) -> None:
+        seconds = {line["step"]: line["seconds"] for line in timing}
+        timed = [line for line in lines if line["step"] in seconds]
+        spent = smooth([seconds[line["step"]] for line in timed], window)
+        axes.plot([line["step"] for line in timed], smooth([line["weight"] for line in timed], window) / spent)
+        axes.set_ylim(0)
+
+    panels: dict[str, Callable[[Axes], None]] = {
+        "Loss": loss,
+        "Learning rate": rate,
+        "Throughput: predicted real tokens per second": throughput,
+    }
+    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False}):
+        figure = Figure(figsize=(9, 9), layout="constrained")
+        all_axes = figure.subplots(len(panels), sharex=True, height_ratios=(2, 1, 1))
+        for axes, (title, draw) in zip(all_axes, panels.items(), strict=True):
+            draw(axes)
+            axes.set_title(title, loc="left")
+            axes.grid(color="0.92")
+            axes.spines["right"].set_visible(False)
+        all_axes[-1].set_xlabel("step")
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg")
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    cells = (
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+    )
+    return f"<table>{''.join(cells)}</table>"

@@ -1,0 +1,112 @@
+"""From a gradient function and an optimizer to a step, and from a step to a loop."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.compiled import Compiled, compile_for
+from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
+
+
+def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. It holds a copy of the parameters, so the caller's outlive donation."""
+    return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax.Array) -> Step:
+    """A training step: gradient, division by the batch's weight, optimizer update.
+
+    Randomness in step n comes from `fold_in(key, n)`, so a resumed run draws what an uninterrupted one draws. A batch
+    without a single weight has zero gradients and losses.
+
+    Args:
+        grad_fn: sums of losses and their gradient.
+        optimizer: any optax transformation; those that take extra arguments get `value`, the mean loss.
+        key: the key of the run.
+
+    Returns:
+        A pure function, for `jax.jit`, `fit` or `compile_step`. Its metrics: `loss` and the loss function's
+        own, averaged over the batch's weight; `grad_norm`, the global norm of the mean's gradient; `weight`, the sum.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss_sum, aux), grads = grad_fn(state.params, batch, jax.random.fold_in(key, state.step))
+        one_over_weight = jnp.where(aux.weight_sum > 0, 1 / aux.weight_sum, 0)
+        grads, means = jax.tree.map(
+            lambda x: (x * one_over_weight).astype(x.dtype), (grads, {"loss": loss_sum, **aux.metrics})
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=means["loss"])
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**means, "grad_norm": optax.global_norm(grads), "weight": aux.weight_sum}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def compile_step(
+    step: Step,
+    state: TrainState,
+    batches: Iterable[Batch],
+) -> Compiled:
+    """Compiles a step for every shape of batch, so that nothing is compiled once the run has begun.
+
+    Args:
+        step: what `make_step` returns.
+        state: the state, or its shapes and shardings.
+        batches: one batch of each shape, or its shapes and shardings.
+
+    Returns:
+        A step that donates the state which it is given, and refuses batches of another shape.
+    """
+    return compile_for(step, state, batches, donate=True)
+
+
+def fit(step: Step, state: TrainState, batches: Iterable[Batch]) -> Iterator[tuple[TrainState, Metrics]]:
+    """Yields the state and the metrics after each batch.
+
+    The state is donated: `fit` owns the one passed in, and one that it has yielded is valid until the next is asked
+    for. Nothing here waits for a step to end; reading a metric does.
+
+    Args:
+        step: a step, to be jitted here, or a compiled one.
+        state: what `start` returned, or a restored one.
+        batches: an iterator of batches, on host or device; the loop ends with it.
+    """
+    run = step if isinstance(step, Compiled) else jax.jit(step, donate_argnums=0)
+    for batch in batches:
+        state, metrics = run(state, batch)
+        yield state, metrics
+
+
+@contextlib.contextmanager
+def stop_signals(*signals: signal.Signals) -> Generator[Callable[[], bool]]:
+    """Holds back signals that would end the process, so that a loop can stop between two steps.
+
+    Args:
+        signals: which; without any, SIGINT (Ctrl-C) and SIGTERM.
+
+    Yields:
+        A function that tells whether one has come. A second one is not held back.
+    """
+    came: list[int] = []
+    signals = signals or (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        came.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in signals:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,60 @@
+"""Pytrees by the names of their leaves."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, parts joined with `/`.
+
+    >>> named_leaves({"block": {"kernel": 1, "scale": 2}})
+    {'block/kernel': 1, 'block/scale': 2}
+    """
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def labels(tree: Any, patterns: Mapping[str, T]) -> Any:
+    """Gives each leaf the value of the first pattern that matches its whole name.
+
+    Args:
+        tree: any pytree.
+        patterns: regular expressions over names as `named_leaves` gives them.
+
+    Returns:
+        A tree of the same structure, as `optax.partition` and masks take it.
+
+    Raises:
+        ValueError: a leaf that no pattern matches, or a pattern that no leaf takes its value from.
+
+    >>> labels({"block": {"kernel": 1, "scale": 2}}, {".*/kernel": True, ".*": False})
+    {'block': {'kernel': True, 'scale': False}}
+    """
+    unused = set(patterns)
+
+    def label(path: Any, _: Any) -> T:
+        for pattern, value in patterns.items():
+            if re.fullmatch(pattern, _name(path)):
+                unused.discard(pattern)
+                return value
+        raise ValueError(f"labels: no pattern matches the leaf {_name(path)!r}; add one, or '.*' at the end")
+
+    labelled = jax.tree.map_with_path(label, tree)
+    if unused:
+        raise ValueError(
+            f"labels: no leaf takes its value from {sorted(unused)}; the leaves are {list(named_leaves(tree))}"
+        )
+    return labelled
+
+
+def size(tree: Any) -> int:
+    """The number of elements in all leaves; also of a tree of shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
