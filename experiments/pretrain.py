@@ -5,8 +5,8 @@ cores. It writes runs/NAME/: metrics, checkpoints, and report.html to look at. C
 """
 
 import dataclasses
+import functools
 import itertools
-import json
 import lzma
 import math
 import os
@@ -23,8 +23,6 @@ import numpy as np
 import optax
 import optax.contrib
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from jaxlm import checkpoint, data, generate, grads, losses, metrics, models, precision, report, sharding, train, tree
 from jaxlm.compiled import compile_for
@@ -66,7 +64,6 @@ def main(config: Config) -> None:
         folder = Path(tempfile.mkdtemp()) / "smoke"
     metrics.open_run(folder, dataclasses.asdict(config), __file__)
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
-    console = Console(highlight=False)
 
     tokenizer = data.ByteTokenizer()
     if config.text is None:
@@ -74,62 +71,57 @@ def main(config: Config) -> None:
     else:
         path = data.cached_corpus(folder / "corpus", lambda: data.text_files(str(config.text)), tokenizer)
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
-    rows = {"row_lengths": config.row_lengths, "tokens_per_batch": config.tokens_per_batch, "seed": config.seed}
-    batches = data.Batches(corpus, data.bucket(corpus.lengths, **rows), count=config.steps)
-    eval_batches = data.Batches(heldout, data.bucket(heldout.lengths, **rows))
-    padding = 1 - batches.plan.real_share
+    bucket = functools.partial(
+        data.bucket, row_lengths=config.row_lengths, tokens_per_batch=config.tokens_per_batch, seed=config.seed
+    )
+    batches = data.Batches(corpus, bucket(corpus.lengths), count=config.steps)
+    eval_batches = data.Batches(heldout, bucket(heldout.lengths))
 
     shape = models.TransformerConfig(vocab=corpus.vocab, layers=config.layers, width=config.width, heads=config.heads)
     init, apply = models.transformer(shape, unroll=True)
-    mesh = sharding.data_mesh()
-    device, by_rows = mesh.devices.flat[0], sharding.by_rows(mesh)
-    loss_fn = losses.next_token(apply)
-    if device.platform != "cpu":
-        loss_fn = precision.compute_in(jnp.bfloat16, loss_fn)
+    mesh, device = sharding.data_mesh(), jax.devices()[0]
+    by_rows = sharding.by_rows(mesh)
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+    loss_fn = precision.compute_in(dtype, losses.next_token(apply))
     grad_fn = grads.accumulate(jax.value_and_grad(loss_fn, has_aux=True), config.microbatches)
     schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 20, config.steps)
-    # Muon for the matrices of the blocks, which are stacked along axis 0; AdamW for all else.
-    kinds = {"blocks/.*/kernel": optax.contrib.MuonDimensionNumbers(1, 2), ".*": None}
-    muon = optax.contrib.muon(
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    stacked = {"blocks/.*/kernel": optax.contrib.MuonDimensionNumbers(1, 2), ".*": None}
+    muon = optax.contrib.muon(  # for the blocks' matrices, stacked along axis 0; AdamW for all else
         schedule,
-        adam_b2=0.95,
-        consistent_rms=0.2,
         weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=lambda params: tree.labels(params, kinds),
+        adam_b2=0.95,
+        consistent_rms=0.2,  # so that both take the same learning rate
+        muon_weight_dimension_numbers=tree.labels(jax.eval_shape(init, init_key), stacked),
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
     start = jax.jit(lambda key: train.start(init(key), optimizer), out_shardings=sharding.replicated(mesh))
     state = start(init_key)
-    step = train.make_step(grads.data_parallel(grad_fn, mesh), optimizer, step_key)
-    console.print(
-        f"{tree.size(state.params):,} parameters on {mesh.size} {device.device_kind}; {corpus.manifest['train']['bytes']:,} "
-        f"bytes of text, {corpus.manifest['not_utf8']} documents not UTF-8; padding {padding:.1%}"
-    )
-
     begun = time.perf_counter()
+    step = train.make_step(grads.data_parallel(grad_fn, mesh), optimizer, step_key)
     step = train.compile_step(step, state, batches.specs(by_rows))
     eval_fn = compile_for(make_eval(loss_fn), state.params, eval_batches.specs(by_rows))
-    console.print(f"compiled the step and the evaluation in {time.perf_counter() - begun:.1f} s")
+    print(
+        f"{corpus.manifest['train']['bytes']:,} bytes of text, {corpus.manifest['not_utf8']} documents not UTF-8; "
+        f"{tree.size(state.params):,} parameters on {mesh.size} {device.device_kind}; "
+        f"compiled in {time.perf_counter() - begun:.1f} s"
+    )
 
-    def bits_per_byte(params, count: int) -> float:
+    def bits_per_byte(params: object, count: int) -> float:
         some = (jax.device_put(eval_batches[i], by_rows) for i in range(min(count, len(eval_batches))))
         return evaluate(eval_fn, params, some)["loss"] / math.log(2) * heldout.predicted_tokens_per_byte
 
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint}
-    columns = "{task.completed}/{task.total}", BarColumn(20), "{task.description}", TimeRemainingColumn()
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
     with checkpoint.Checkpoints(folder / "checkpoints", about) as checkpoints, train.stop_signals() as stopped:
         state = checkpoints.restore(state) or state
-        if done := int(state.step):
-            console.print(f"going on from step {done}")
-        rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
+        done = int(state.step)
+        print(f"going on from step {done} of {config.steps}")
         glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
         with (
-            metrics.Log(folder, done) as log,
-            Progress(*columns, console=console) as progress,
-            closing(data.iterate(batches, start=done, place=lambda x: jax.device_put(x, by_rows))) as iterator,
+            closing(data.iterate(batches, start=done, place=lambda batch: jax.device_put(batch, by_rows))) as iterator,
+            metrics.Log(folder, done, steps=config.steps, note=f"padding {1 - batches.plan.real_share:.1%}") as log,
         ):
-            task = progress.add_task("", completed=done, total=config.steps)
             for state, measured in train.fit(step, state, itertools.takewhile(lambda _: not stopped(), iterator)):
                 log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
                 done, glance = done + 1, {}
@@ -138,23 +130,20 @@ def main(config: Config) -> None:
                     checkpoints.save(state)
                     glance = {"heldout": bits_per_byte(state.params, GLANCE)}
                     log.restart_clock()
-                progress.update(task, completed=done, description=f"{log}  padding {padding:.1%}")
-            log.flush()
         checkpoints.save(state)
     if done < config.steps:
-        console.print(f"Stopped after step {done} and saved. To go on: {shlex.join([sys.executable, *sys.argv])}")
+        print(f"Stopped after step {done} and saved. To go on: {shlex.join([sys.executable, *sys.argv])}")
         sys.exit(75)
 
     text = heldout.text(tokenizer)
     results = {
         "held-out bits per byte": f"{bits_per_byte(state.params, len(eval_batches)):.3f}",
         "xz -9 on the same bytes": f"{8 * len(lzma.compress(text, preset=9)) / len(text):.3f}",
-        "padding": f"{padding:.1%}",
+        "sample": generate.complete(shape, state.params, tokenizer, "def ", length=config.row_lengths[-1] - 5),
     }
-    sample = generate.complete(shape, state.params, tokenizer, "def ", length=config.row_lengths[-1] - 5)
-    metrics.write_whole(folder / "results.json", json.dumps({**results, "sample": sample}, indent=1))
-    console.print(sample, *(f"\n{name}: {value}" for name, value in results.items()), markup=False)
-    console.print(f"Look at {report.write_report(folder, results, sample)}")
+    for name, result in results.items():
+        print(f"\n{name}: {result}")
+    print(f"\nLook at {report.write_report(folder, results)}")
 
 
 if __name__ == "__main__":

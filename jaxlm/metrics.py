@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -63,14 +64,17 @@ class Log:
     """Two files of JSON lines in a run's folder: `metrics.jsonl`, which is the same whenever and however often
     interrupted a run is repeated, and `timing.jsonl`, the seconds that each step took.
 
-    Metrics are read one step late, so that the device always has a next step to go on with.
+    Metrics are read one step late, so that the device always has a next step to go on with. The newest are shown in a
+    progress line. Close the log when done, or use it in a `with` statement.
 
     Args:
         folder: the folder of the run.
         step: the step from which the run goes on: lines of later ones, written after the checkpoint, are removed.
+        steps: the number of steps of the whole run.
+        note: something to show at the end of the progress line.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, *, steps: int, note: str = ""):
         self._paths = [folder / "metrics.jsonl", folder / "timing.jsonl"]
         for path in self._paths:
             _keep_until(path, step)
@@ -78,21 +82,28 @@ class Log:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._last = time.perf_counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
-        self.latest: dict[str, float] = {}
-        """The newest values of all metrics that have been read."""
+        self._latest = {"loss": math.nan, "heldout": math.nan}
+        self._note = note
+        self._progress = Progress(
+            "{task.completed}/{task.total}", BarColumn(20), "{task.description}", TimeRemainingColumn()
+        )
+        self._task = self._progress.add_task("", completed=step, total=steps)
+        self._progress.start()
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in self._files:
-            file.close()
+        self.close()
 
-    def __str__(self) -> str:
-        """For a progress line: the newest loss, held-out loss, and real tokens per second over the last 20 steps."""
-        weights, seconds = map(sum, zip(*self._recent, strict=True)) if self._recent else (0.0, 1.0)
-        loss, heldout = (self.latest.get(name, math.nan) for name in ("loss", "heldout"))
-        return f"loss {loss:.3f}  held out {heldout:.3f} bits/byte  {weights / seconds:,.0f} tokens/s"
+    def close(self) -> None:
+        """Writes what has been taken, and closes the files."""
+        try:
+            self.flush()
+        finally:
+            self._progress.stop()
+            for file in self._files:
+                file.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step, and writes those of the step before."""
@@ -110,12 +121,19 @@ class Log:
             file.write(json.dumps({"step": step, **line}) + "\n")
             file.flush()
         self._recent.append((values.get("weight", 0.0), now - self._last))
-        self.latest |= values
         self._pending, self._last = None, now
+        self._latest |= values
+        self._show(step)
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step out of the next one's seconds."""
         self._last = time.perf_counter()
+
+    def _show(self, step: int) -> None:
+        weights, seconds = map(sum, zip(*self._recent, strict=True))
+        loss, heldout = self._latest["loss"], self._latest["heldout"]
+        line = f"loss {loss:.3f}  held out {heldout:.3f} bits/byte  {weights / seconds:,.0f} tokens/s  {self._note}"
+        self._progress.update(self._task, completed=step, description=line)
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

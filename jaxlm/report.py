@@ -21,13 +21,12 @@ td { padding: .1rem 1.5rem .1rem 0; border-bottom: 1px solid #ddd } td + td { fo
 pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: 14px } summary { cursor: pointer }"""
 
 
-def write_report(folder: Path, results: Mapping[str, str], sample: str) -> Path:
-    """Writes `report.html` into the folder of a run: results, curves, a sample, configuration and versions.
+def write_report(folder: Path, results: Mapping[str, str]) -> Path:
+    """Writes `results.json` and `report.html` into the folder of a run: results, curves, configuration and versions.
 
     Args:
         folder: the folder of a run, with the files that `open_run` and `Log` write.
-        results: what to show at the top, by name.
-        sample: generated text.
+        results: what came out, by name; a `sample` of generated text gets a place of its own.
 
     Returns:
         The path of the page, which needs no other file.
@@ -37,13 +36,14 @@ def write_report(folder: Path, results: Mapping[str, str], sample: str) -> Path:
     title = html.escape(f"{folder.name}")
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>
-{_table(results)}
+{_table({name: result for name, result in results.items() if name != "sample"})}
 {_curves(lines, timing)}
-<h2>Sample</h2><pre>{html.escape(sample)}</pre>
+<h2>Sample</h2><pre>{html.escape(results.get("sample", ""))}</pre>
 <details><summary>Configuration</summary>{_table(config)}</details>
 <details><summary>Versions</summary>{_table(versions)}</details>
 </html>
 """
+    write_whole(folder / "results.json", json.dumps(results, indent=1))
     write_whole(folder / "report.html", page)
     return folder / "report.html"
 

@@ -14,7 +14,7 @@ numbers of real tokens. The step divides by the total weight, once.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import optax
@@ -40,12 +40,14 @@ class Aux(NamedTuple):
     """Further sums over the same weight, float32 scalars: they are divided with the loss."""
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """Sums a loss over the batch. Differentiable in `params`."""
 
     def __call__(self, params: Params, batch: Batch, key: jax.Array, /) -> tuple[jax.Array, Aux]: ...
 
 
+@runtime_checkable
 class GradFn(Protocol):
     """What `jax.value_and_grad(loss_fn, has_aux=True)` is: the sums of a `LossFn` and the gradient of its loss sum."""
 
@@ -61,6 +63,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+@runtime_checkable
 class Step(Protocol):
     """Takes one training step. The metrics are means over the batch's real tokens."""
 

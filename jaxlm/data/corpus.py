@@ -13,6 +13,7 @@ It is written in one pass under another name and renamed when complete, so a fol
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -20,7 +21,8 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -55,6 +57,8 @@ class Corpus:
 
     def __getitem__(self, document: int) -> Integer[np.ndarray, " T"]:
         """The token ids of a document."""
+        if not 0 <= document < len(self):
+            raise IndexError(f"document {document} of {len(self)}")
         return self.tokens[self.offsets[document] : self.offsets[document + 1]]
 
     @functools.cached_property
@@ -117,12 +121,12 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
 
     Raises:
         FileNotFoundError: there is no corpus.
-        ValueError: it has another format, or a file with another size than the manifest says.
+        ValueError: it has another format, no document in this split, or files that don't agree with its manifest.
     """
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path} is not a corpus: it has no manifest.json; make one with write_corpus"
         ) from None
@@ -132,19 +136,29 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
         raise ValueError(
             f"{path / 'manifest.json'} is not of format {FORMAT}; write the corpus again with this version"
         )
-    counts = manifest[split]
-    width = np.dtype(manifest["dtype"]).itemsize
-    for kind, size in (("tokens", width * counts["tokens"]), ("offsets", 8 * (counts["documents"] + 1))):
+    try:
+        tokens, documents = int(manifest[split]["tokens"]), int(manifest[split]["documents"])
+        width = np.dtype(manifest["dtype"]).itemsize
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path / 'manifest.json'} is damaged ({error!r}); delete the corpus, write it again"
+        ) from None
+    if not documents:
+        raise ValueError(f"{path} has no document in its {split} split")
+    for kind, size in (("tokens", width * tokens), ("offsets", 8 * (documents + 1))):
         file = path / f"{split}.{kind}.bin"
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, not {size}; delete the corpus, write it again")
-    return Corpus(path, split, manifest)
+    corpus = Corpus(path, split, manifest)
+    if corpus.offsets[0] != 0 or corpus.offsets[-1] != tokens or (corpus.lengths <= 0).any():
+        raise ValueError(f"{path / f'{split}.offsets.bin'} is damaged; delete the corpus, write it again")
+    return corpus
 
 
 def write_corpus(
     path: str | os.PathLike[str], documents: Iterable[Document], tokenizer: Tokenizer, *, heldout: float = 0.04
 ) -> None:
-    """Tokenizes documents into a new corpus folder, in one pass. A failure leaves nothing behind.
+    """Tokenizes documents into a new corpus folder, in one pass. A failure leaves no part of it behind.
 
     A document is held out if the hash of its text says so: whatever its name and place, and all copies of it alike.
     Empty documents are left out. The manifest counts these and names up to 100 documents that aren't UTF-8 text.
@@ -153,21 +167,21 @@ def write_corpus(
         path: the folder to make.
         documents: are read once, one at a time.
         tokenizer: is named in the manifest.
-        heldout: the share of documents to hold out for evaluation; 0 for none.
+        heldout: the share of documents to hold out for evaluation; 0 for none, less than 1.
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: no document to train on, none held out though a share was asked for, or an id that is not below
-            the tokenizer's vocabulary.
+        ValueError: no document to train on, none held out though a share was asked for, a share that isn't one, or a
+            tokenizer that gives no ids, or ids that aren't below its vocabulary.
         OSError: the disk is full or can't be written to.
     """
     path = Path(path)
+    if not 0 <= heldout < 1:
+        raise ValueError(f"write_corpus: heldout is {heldout}; use a share from 0 to less than 1")
     if path.exists():
         raise FileExistsError(f"{path} exists; delete it or give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.unfinished-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.unfinished-"))
     try:
         dtype = np.dtype(np.uint16 if tokenizer.vocab <= 2**16 else np.uint32)
         manifest = _write_splits(unfinished, documents, tokenizer, heldout, dtype)
@@ -177,14 +191,32 @@ def write_corpus(
                     f"write_corpus: no documents in the {split} split, out of {manifest['documents']} "
                     f"({manifest['empty']} of them empty); give more text or another heldout than {heldout}"
                 )
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        with (unfinished / "manifest.json").open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.chmod(0o755)
         unfinished.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(f"{path} was written meanwhile, by another process") from None
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def text_files(folder: str | os.PathLike[str], suffixes: Iterable[str] = (".txt", ".md", ".py")) -> Iterator[Document]:
+def text_files(
+    folder: str | os.PathLike[str],
+    suffixes: Iterable[str] = (".txt", ".md", ".py"),
+    *,
+    leave_out: Collection[str] = (),
+) -> Iterator[Document]:
     """The files in a folder and those below it, in order of their names, read one at a time.
+
+    Args:
+        folder: where.
+        suffixes: how the names of wanted files end.
+        leave_out: names of folders not to look into.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -193,17 +225,20 @@ def text_files(folder: str | os.PathLike[str], suffixes: Iterable[str] = (".txt"
     folder, suffixes = Path(folder), tuple(suffixes)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
-    if not names:
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in leave_out]
+        found += [Path(parent, name) for name in files if name.endswith(suffixes)]
+    if not found:
         raise ValueError(f"{folder} has no text: no file in it ends in one of {suffixes}")
+    names = sorted(file.relative_to(folder) for file in found)
     return (Document(name.as_posix(), (folder / name).read_bytes()) for name in names)
 
 
 def python_library() -> Iterator[Document]:
     """The sources of the running Python's standard library without its tests: 11 MB of text that is always there."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    library = sysconfig.get_paths()["stdlib"]
-    return (file for file in text_files(library, [".py"]) if not left_out & set(Path(file.name).parts))
+    return text_files(sysconfig.get_paths()["stdlib"], [".py"], leave_out=left_out)
 
 
 def python_library_corpus(cache: str | os.PathLike[str], tokenizer: Tokenizer) -> Path:
@@ -217,7 +252,8 @@ def cached_corpus(
 ) -> Path:
     """Writes a corpus as `write_corpus` does if it isn't there yet, and returns its path."""
     if not Path(path).exists():
-        write_corpus(path, documents(), tokenizer, **options)
+        with contextlib.suppress(FileExistsError):
+            write_corpus(path, documents(), tokenizer, **options)
     return Path(path)
 
 
@@ -241,6 +277,8 @@ def _write_splits(
                 not_utf8_count += 1
                 not_utf8 += [document.name][: 100 - len(not_utf8)]
             ids = tokenizer.encode(document.text)
+            if not len(ids):
+                raise ValueError(f"write_corpus: the tokenizer {tokenizer.name!r} gave no ids for {document.name!r}")
             if ids.min() < 0 or ids.max() >= tokenizer.vocab:
                 wrong = ids[(ids < 0) | (ids >= tokenizer.vocab)][0]
                 raise ValueError(

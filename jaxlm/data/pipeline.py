@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
@@ -26,14 +26,27 @@ class Batches:
         count: how many batches there are, counted over all epochs; None: one epoch.
 
     `batches[i]` is `{"tokens": [B T], "lengths": [B]}`, the tokens in the corpus' dtype.
+
+    Raises:
+        ValueError: the plan is for a larger corpus.
     """
 
     corpus: Corpus
     plan: BucketPlan
     count: int | None = None
 
+    def __post_init__(self):
+        end = int((self.plan.starts + self.plan.lengths).max())
+        if end > len(self.corpus.tokens):
+            raise ValueError(
+                f"Batches: the plan needs {end} tokens and {self.corpus.path} has {len(self.corpus.tokens)}"
+            )
+
     def __len__(self) -> int:
         return self.plan.batches_per_epoch if self.count is None else self.count
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def fingerprint(self) -> str:

@@ -88,24 +88,26 @@ def bucket(
         lengths: tokens in each document, which follow one another in the corpus.
         row_lengths: the lengths that rows may have; 1 to 6 of them.
         tokens_per_batch: positions in each batch, a multiple of every row length.
-        seed: orders pieces and batches.
+        seed: orders pieces and batches; 0 or more.
 
     Raises:
         ValueError: no document has two tokens, so that there is nothing to predict; row lengths below 2, more than 6,
-            or that don't divide `tokens_per_batch`.
+            or that don't divide `tokens_per_batch`; a negative seed.
 
     >>> plan = bucket(np.array([3, 9, 4]), row_lengths=[4, 8], tokens_per_batch=16, seed=0)
     >>> plan.shapes, plan.batches_per_epoch, plan.starts, plan.lengths
     ([(4, 4), (2, 8)], 2, array([ 0,  3, 10, 12]), array([3, 8, 2, 4]))
     """
     lengths = np.asarray(lengths, np.int64)
-    row_lengths = sorted(set(row_lengths))
+    row_lengths = sorted({int(length) for length in row_lengths})
     if not 1 <= len(row_lengths) <= 6 or row_lengths[0] < 2:
         raise ValueError(f"bucket: row lengths {row_lengths}; use 1 to 6 of them, each 2 or more")
     if wrong := [length for length in row_lengths if tokens_per_batch < 1 or tokens_per_batch % length]:
         raise ValueError(
             f"bucket: {tokens_per_batch} tokens per batch is not a positive multiple of the row lengths {wrong}"
         )
+    if seed < 0:
+        raise ValueError(f"bucket: the seed is {seed}; use 0 or more")
     stride = row_lengths[-1] - 1
     counts = np.maximum(-(-(lengths - 1) // stride), 0)
     if not counts.any():
@@ -118,13 +120,13 @@ def bucket(
     buckets = tuple(
         Bucket(row_length, np.flatnonzero(which == i)) for i, row_length in enumerate(row_lengths) if (which == i).any()
     )
-    return BucketPlan(starts, pieces, buckets, tokens_per_batch, seed)
+    return BucketPlan(starts, pieces, buckets, int(tokens_per_batch), int(seed))
 
 
 @functools.lru_cache(maxsize=4)
 def _epoch(plan: BucketPlan, epoch: int) -> list[tuple[int, Int[np.ndarray, " B"]]]:
     """The row length and the pieces of every batch of an epoch."""
-    rng = np.random.default_rng([plan.seed, epoch])
+    rng = np.random.default_rng(np.random.SeedSequence(plan.seed, spawn_key=(epoch,)))
     batches: list[tuple[int, Int[np.ndarray, " B"]]] = []
     for (rows, row_length), bucket in zip(plan.shapes, plan.buckets, strict=True):
         pieces = rng.permutation(bucket.pieces)

@@ -1,11 +1,12 @@
 """Text to token ids and back."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Turns a document into ids below `vocab` and back."""
 

@@ -1,0 +1,25 @@
+"""Strict numerics, eight simulated devices, and one compile cache for all tests."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxlm import data
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+WORDS = b"the quick brown fox jumps over the lazy dog while seven wizards make toxic brew of jade and onyx ".split()
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 60 short documents of bytes, a fifth of them held out."""
+    texts = [b" ".join(WORDS[(7 * i + j * j) % len(WORDS)] for j in range(3 + i % 40)) for i in range(60)]
+    path = tmp_path_factory.mktemp("corpus") / "words"
+    documents = (data.Document(f"{i}.txt", text) for i, text in enumerate(texts))
+    data.write_corpus(path, documents, data.ByteTokenizer(), heldout=0.2)
+    return path

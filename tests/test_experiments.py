@@ -1,0 +1,31 @@
+"""Every experiment and benchmark runs, as a user would start it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*(ROOT / "experiments").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+
+
+def run(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"JAXLM_CACHE": str(ROOT / ".cache")}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_runs_two_steps(script: Path, tmp_path: Path) -> None:
+    done = run(script, "--smoke", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
+
+
+def test_help_is_a_page(tmp_path: Path) -> None:
+    done = run(ROOT / "experiments" / "pretrain.py", "--help", folder=tmp_path)
+    assert done.returncode == 0
+    assert "Ctrl-C saves" in done.stdout
+    assert len(done.stdout.splitlines()) < 70

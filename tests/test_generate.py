@@ -1,0 +1,69 @@
+"""Sampling with a cache equals running the whole text through the model for each token."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm import checkpoint, data, generate, models, train
+
+CONFIG = models.TransformerConfig(vocab=258, layers=2, width=16, heads=4, kv_heads=2, qk_norm=True)
+INIT, APPLY = models.transformer(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, jax.Array]:
+    return jax.jit(INIT)(jax.random.key(0))
+
+
+def test_the_likeliest_tokens_are_those_found_without_a_cache(params: dict[str, jax.Array]) -> None:
+    prompt = jax.random.randint(jax.random.key(1), (3, 5), 0, CONFIG.vocab)
+    drawn = generate.generate(CONFIG, params, prompt, jax.random.key(2), length=6, temperature=0.0)
+    text = prompt
+    for _ in range(6):
+        logits = APPLY(params, text)
+        text = jnp.concatenate([text, jnp.argmax(logits[:, -1:], axis=-1)], axis=1)
+    np.testing.assert_array_equal(drawn, text[:, 5:])
+
+
+def test_draws_follow_the_distribution_at_the_temperature(params: dict[str, jax.Array]) -> None:
+    prompt = jnp.tile(jnp.asarray([[3, 1, 4]]), (20_000, 1))
+    drawn = generate.generate(CONFIG, params, prompt, jax.random.key(0), length=1, temperature=0.5)
+    expected = jax.nn.softmax(APPLY(params, prompt[:1])[0, -1] / 0.5)
+    found = np.bincount(drawn[:, 0], minlength=CONFIG.vocab) / len(drawn)
+    np.testing.assert_allclose(found, expected, atol=5 * (0.25 / len(drawn)) ** 0.5)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_gives_another(params: dict[str, jax.Array]) -> None:
+    tokenizer = data.ByteTokenizer()
+    texts = [generate.complete(CONFIG, params, tokenizer, "ab", length=20, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("ab") for text in texts)
+
+
+def test_the_text_stops_at_the_end_of_the_document(params: dict[str, jax.Array]) -> None:
+    tokenizer = data.ByteTokenizer()
+    ending = params | {"head": {"kernel": jnp.zeros((16, 258))}}  # all ids alike: the end comes once in 258 tokens
+    lengths = {len(generate.complete(CONFIG, ending, tokenizer, "", length=200, seed=seed)) for seed in range(5)}
+    assert min(lengths) < 100
+
+
+def test_a_model_is_loaded_by_path_alone(params: dict[str, jax.Array], tmp_path: Path) -> None:
+    about = {"model": dataclasses.asdict(CONFIG), "tokenizer": "bytes", "data": "none"}
+    with checkpoint.Checkpoints(tmp_path, about) as checkpoints:
+        checkpoints.save(train.start(params, optax.sgd(0.1)))
+    config, loaded, tokenizer = generate.load_model(tmp_path)
+    assert config == CONFIG
+    assert isinstance(tokenizer, data.ByteTokenizer)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_checkpoint_without_a_known_model_is_refused(params: dict[str, jax.Array], tmp_path: Path) -> None:
+    with checkpoint.Checkpoints(tmp_path, {"model": {"depth": 3}, "tokenizer": "bytes"}) as checkpoints:
+        checkpoints.save(train.start(params, optax.sgd(0.1)))
+    with pytest.raises(ValueError, match="no model of this version"):
+        generate.load_model(tmp_path)

@@ -1,0 +1,67 @@
+"""A run's record: the same lines however often the run was interrupted."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from jaxlm import metrics
+
+
+def lines(folder: Path, name: str = "metrics") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_each_step_has_a_line_and_is_written_one_step_late(tmp_path: Path) -> None:
+    with metrics.Log(tmp_path, 0, steps=3) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": jnp.float32(step / 2), "weight": 10})
+            assert [line["step"] for line in lines(tmp_path)] == list(range(1, step))
+    assert lines(tmp_path) == [{"step": step, "loss": step / 2, "weight": 10.0} for step in (1, 2, 3)]
+    assert all(line["seconds"] >= 0 for line in lines(tmp_path, "timing"))
+
+
+@pytest.mark.parametrize("cut", ["", '{"step": 9, "lo'])
+def test_lines_after_the_checkpoint_and_a_line_cut_off_are_removed(cut: str, tmp_path: Path) -> None:
+    with metrics.Log(tmp_path, 0, steps=9) as log:
+        for step in range(1, 9):
+            log.write(step, {"loss": 1 / step})
+    before = lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(cut)
+    with metrics.Log(tmp_path, 5, steps=9) as log:
+        for step in range(6, 9):
+            log.write(step, {"loss": 1 / step})
+    assert lines(tmp_path) == before
+    assert len(lines(tmp_path, "timing")) == 8
+
+
+def test_a_float32_survives_exactly(tmp_path: Path) -> None:
+    value = jnp.float32(1) / 3
+    with metrics.Log(tmp_path, 0, steps=1) as log:
+        log.write(1, {"loss": value})
+    assert jnp.float32(lines(tmp_path)[0]["loss"]) == value
+
+
+def test_a_run_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
+    config = {"steps": 3, "rows": (1, 2), "text": None}
+    source = Path(__file__)
+    folder = metrics.open_run(tmp_path / "run", config, source)
+    assert metrics.open_run(tmp_path / "run", config, source) == folder
+    assert (folder / source.name).read_text() == source.read_text()
+    assert json.loads((folder / "versions.json").read_text())["devices"][1] == 8
+    with pytest.raises(ValueError, match="rows is \\[1, 2\\] there and \\[1, 3\\] here"):
+        metrics.open_run(folder, {**config, "rows": (1, 3)}, source)
+    with pytest.raises(ValueError, match="seed is None there and 0 here"):
+        metrics.open_run(folder, {**config, "seed": 0}, source)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        metrics.open_run(tmp_path / "file" / "run", {}, __file__)
+
+
+def test_a_log_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
+    assert metrics.read_log(tmp_path / "none.jsonl") == []
