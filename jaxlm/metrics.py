@@ -76,17 +76,17 @@ class Log:
 
     def __init__(self, folder: Path, step: int, *, steps: int, note: str = ""):
         self._paths = [folder / "metrics.jsonl", folder / "timing.jsonl"]
-        for path in self._paths:
-            _keep_until(path, step)
+        kept, _ = (_keep_until(path, step) for path in self._paths)
         self._files = [path.open("a") for path in self._paths]
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._last = time.perf_counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
         self._latest = {"loss": math.nan, "heldout": math.nan}
+        for line in kept:
+            self._latest |= line
         self._note = note
-        self._progress = Progress(
-            "{task.completed}/{task.total}", BarColumn(20), "{task.description}", TimeRemainingColumn()
-        )
+        columns = "{task.completed}/{task.total}", BarColumn(None), "{task.description}", TimeRemainingColumn(True)
+        self._progress = Progress(*columns, expand=True)
         self._task = self._progress.add_task("", completed=step, total=steps)
         self._progress.start()
 
@@ -123,17 +123,21 @@ class Log:
         self._recent.append((values.get("weight", 0.0), now - self._last))
         self._pending, self._last = None, now
         self._latest |= values
-        self._show(step)
+        self._show(step, in_full="heldout" in values)
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step out of the next one's seconds."""
         self._last = time.perf_counter()
 
-    def _show(self, step: int) -> None:
+    def _show(self, step: int, *, in_full: bool) -> None:
         weights, seconds = map(sum, zip(*self._recent, strict=True))
         loss, heldout = self._latest["loss"], self._latest["heldout"]
-        line = f"loss {loss:.3f}  held out {heldout:.3f} bits/byte  {weights / seconds:,.0f} tokens/s  {self._note}"
+        line = f"loss {loss:.3f} held-out {heldout:.3f} bits/byte {weights / seconds:,.0f} tok/s {self._note}"
         self._progress.update(self._task, completed=step, description=line)
+        if (
+            in_full and not self._progress.console.is_terminal
+        ):  # where a line can't be drawn over, now and then a new one
+            self._progress.console.print(f"step {step}: {line}", soft_wrap=True, highlight=False)
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -151,10 +155,11 @@ def write_whole(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     lines = read_log(path)
     kept = [line for line in lines if line["step"] <= step]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def _installed(package: str) -> bool:

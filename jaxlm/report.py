@@ -17,6 +17,7 @@ from jaxlm.metrics import read_log, write_whole
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
 h1 { margin-bottom: 0 } svg { width: 100%; height: auto } table { border-collapse: collapse }
+table { margin: 1rem 0 }
 td { padding: .1rem 1.5rem .1rem 0; border-bottom: 1px solid #ddd } td + td { font-variant-numeric: tabular-nums }
 pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: 14px } summary { cursor: pointer }"""
 

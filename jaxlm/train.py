@@ -43,7 +43,7 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=means["loss"])
         params = optax.apply_updates(state.params, updates)
-        metrics = {**means, "grad_norm": optax.global_norm(grads), "weight": aux.weight_sum}
+        metrics = {**means, "grad_norm": optax.tree.norm(grads), "weight": aux.weight_sum}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

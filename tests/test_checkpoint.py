@@ -25,7 +25,9 @@ def state_at(step: int, config: models.TransformerConfig = MODEL, optimizer: Any
 
 def same(a: Any, b: Any) -> bool:
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    return all(x.dtype == y.dtype and bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    return all(
+        x.dtype == y.dtype and bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def test_restores_the_newest_bit_for_bit_and_keeps_as_many_as_asked(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The main job: interrupted and resumed it equals the uninterrupted one, and bad input is refused before it costs."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -14,12 +17,12 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "pretrain.py"
 SMALL = [
     "--layers=1",
     "--width=16",
-    "--heads=2",
     "--row-lengths",
     "32",
     "64",
     "--tokens-per-batch=512",
     "--save-every=20",
+    "--steps=90",
 ]
 
 
@@ -31,12 +34,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, text: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"JAXLM_CACHE": str(SCRIPT.parents[1] / ".cache"), "COLUMNS": "200"}
+@pytest.fixture(scope="module")
+def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    finish(start(folder, text))
+    return folder / "runs" / "pretrain"
+
+
+def start(folder: Path, text: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), "--text", str(text), *SMALL, *arguments],
         cwd=folder,
-        env=environment,
+        env=os.environ | {"JAXLM_CACHE": str(SCRIPT.parents[1] / ".cache"), "COLUMNS": "200", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,74 +59,111 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_interrupted_and_run_again_writes_the_same_metrics(number: signal.Signals, text: Path, tmp_path: Path) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    straight.mkdir()
-    broken.mkdir()
-    finish(command(straight, text, "--steps", "90"))
-
-    process = command(broken, text, "--steps", "90")
-    log = broken / "runs" / "pretrain" / "metrics.jsonl"
+def wait_for_lines(log: Path, lines: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 200
-    while not (log.exists() and log.read_text().count("\n") >= 47):
+    while not (log.exists() and log.read_text().count("\n") >= lines):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_interrupted_and_run_again_writes_the_same_metrics(
+    number: signal.Signals, straight: Path, text: Path, tmp_path: Path
+) -> None:
+    process = start(tmp_path, text)
+    run = tmp_path / "runs" / "pretrain"
+    wait_for_lines(run / "metrics.jsonl", 47, process)
     process.send_signal(number)
     if number == signal.SIGKILL:
         process.communicate()
     else:
         assert "To go on: " in finish(process, 75)
-        assert 47 <= len(log.read_text().splitlines()) < 90
-    assert "going on from step" in finish(command(broken, text, "--steps", "90"))
-
+        assert 47 <= len((run / "metrics.jsonl").read_text().splitlines()) < 90
+    assert "going on from step" in finish(start(tmp_path, text))
     for name in ("metrics.jsonl", "results.json"):
-        ours, theirs = (folder / "runs" / "pretrain" / name for folder in (straight, broken))
-        assert ours.read_text() == theirs.read_text()
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert (run / name).read_text() == (straight / name).read_text()
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(straight: Path, text: Path, tmp_path: Path) -> None:
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    program = limit + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = start(tmp_path, text, PYTHONSTARTUP="")
+    wait_for_lines(tmp_path / "runs" / "pretrain" / "metrics.jsonl", 25, process)
+    process.kill()
+    process.communicate()
+    limited = [sys.executable, "-c", program, *process.args[1:]]  # type: ignore[index]
+    failed = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "File too large" in failed.stderr or "disk is full" in failed.stderr
+    finish(start(tmp_path, text))
+    metrics = "runs/pretrain/metrics.jsonl"
+    assert (tmp_path / metrics).read_text() == (straight / "metrics.jsonl").read_text()
+
+
+def test_the_metrics_have_a_line_for_each_step_and_the_loss_falls(straight: Path) -> None:
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 91))
     assert [line["step"] for line in lines if "heldout" in line] == [1, 21, 41, 61, 81]
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
-def test_a_run_leaves_all_that_it_takes_to_repeat_it(text: Path, tmp_path: Path) -> None:
-    finish(command(tmp_path, text, "--steps", "3"))
-    run = tmp_path / "runs" / "pretrain"
-    names = {path.name for path in run.iterdir()}
-    assert names >= {"config.json", "versions.json", "pretrain.py", "metrics.jsonl", "timing.jsonl", "report.html"}
-    assert (run / "pretrain.py").read_text() == SCRIPT.read_text()
-    assert json.loads((run / "config.json").read_text())["steps"] == 3
-    assert "jax" in json.loads((run / "versions.json").read_text())
-    page = (run / "report.html").read_text()
-    assert page.count("<svg") == 1
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
+def test_a_run_leaves_all_that_it_takes_to_repeat_it(straight: Path, text: Path) -> None:
+    assert (straight / "pretrain.py").read_text() == SCRIPT.read_text()
+    assert json.loads((straight / "config.json").read_text())["steps"] == 90
+    assert "jax" in json.loads((straight / "versions.json").read_text())
+    assert "<svg" in (straight / "report.html").read_text()
+    output = finish(start(straight.parents[1], text, "--steps", "91"), 1)
+    assert "belongs to another configuration: steps is 90 there and 91 here" in output
 
-    output = finish(command(tmp_path, text, "--steps", "4"), 1)
-    assert "belongs to another configuration: steps is 3 there and 4 here" in output
-    assert "going on from step 3" in finish(command(tmp_path, text, "--steps", "3"))
+
+def test_several_devices_find_the_same(straight: Path, text: Path, tmp_path: Path) -> None:
+    output = finish(start(tmp_path, text, JAX_NUM_CPU_DEVICES="4"))
+    assert "parameters on 4 cpu" in output
+    ours, theirs = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (straight, tmp_path / "runs" / "pretrain")
+    )
+    for one, four in zip(ours[:10], theirs[:10], strict=True):
+        assert one == pytest.approx(four, rel=1e-4)
+
+
+@pytest.fixture
+def pretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script as a module, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("pretrain", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "CACHE", SCRIPT.parents[1] / ".cache")
+    return module
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("change", "message"),
     [
-        (["--heads", "3"], "width 16 is not divisible by 3 heads"),
-        (["--tokens-per-batch", "500"], "500 tokens per batch is not a positive multiple"),
-        (["--microbatches", "3"], "not divisible into 3 microbatches"),
-        (["--row-lengths", "1"], "row lengths [1]"),
+        ({"heads": 3}, "width 128 is not divisible by 3 heads"),
+        ({"tokens_per_batch": 500}, "500 tokens per batch is not a positive multiple"),
+        ({"microbatches": 3}, "not divisible into 3 microbatches"),
+        ({"tokens_per_batch": 256 * 4}, "a batch of 4 rows is not divisible over 8 devices"),
+        ({"row_lengths": (1,)}, r"row lengths \[1\]"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=str,
 )
-def test_bad_numbers_are_refused_by_name(arguments: list[str], message: str, text: Path, tmp_path: Path) -> None:
-    assert message in finish(command(tmp_path, text, *arguments), 1)
+def test_bad_numbers_are_refused_by_name(
+    change: dict[str, Any], message: str, pretrain: ModuleType, text: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain.main(pretrain.Config(text=str(text), **change))
 
 
-def test_a_folder_without_text_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_folder_without_text_is_refused_and_no_corpus_is_left(pretrain: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no text" in finish(command(tmp_path, tmp_path / "empty"), 1)
+    with pytest.raises(ValueError, match="has no text"):
+        pretrain.main(pretrain.Config(text="empty"))
     (tmp_path / "empty" / "one.txt").write_text("")
-    assert "no documents in the train split" in finish(command(tmp_path, tmp_path / "empty"), 1)
-    (tmp_path / "empty" / "one.txt").unlink()
+    with pytest.raises(ValueError, match="no documents in the train split"):
+        pretrain.main(pretrain.Config(text="empty"))
     assert not list(tmp_path.rglob("*.bin"))

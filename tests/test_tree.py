@@ -39,7 +39,9 @@ def test_a_leaf_takes_the_value_of_the_first_pattern_that_matches(patterns: dict
     ("patterns", "message"),
     [
         ({"embed": 0}, "no pattern matches the leaf 'head/kernel'"),
-        ({"embed": 0, "kernel": 0}, "no pattern matches the leaf 'head/kernel'"),  # the whole name must match
+        # The whole name must match.
+        ({"embed": 0, "kernel": 0}, "no pattern matches the leaf 'head/kernel'"),
+        ({"embed": 0, "head": 0}, "no pattern matches the leaf 'head/kernel'"),
         ({".*": 0, "embed": 1}, r"no leaf takes its value from \['embed'\]; the leaves are \['embed', 'head/kernel'\]"),
         ({".*": 0, "embde": 1}, "no leaf takes its value from"),
     ],
