@@ -76,9 +76,7 @@ class BucketPlan:
         return Rows(starts, lengths, row_length)
 
 
-def bucket(
-    lengths: Int[np.ndarray, " D"], *, row_lengths: Iterable[int], tokens_per_batch: int, seed: int
-) -> BucketPlan:
+def bucket(lengths: Int[np.ndarray, " D"], row_lengths: Iterable[int], tokens_per_batch: int, seed: int) -> BucketPlan:
     """Length-bucketed rows: no attention across documents, little padding, and short rows cost little attention.
 
     Documents longer than the longest row are cut into pieces that overlap by one token, so every token but the first
