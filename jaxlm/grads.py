@@ -41,7 +41,7 @@ def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
         def add(total: Any, slice_and_key: Any) -> tuple[Any, None]:
             return jax.tree.map(lambda t, x: t + x, total, grad_fn(params, *slice_and_key)), None
 
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), sums)
+        zeros = jax.tree.map(lambda s: jnp.zeros_like(s, jnp.float32), sums)  # on each device its own, if the sums are
         total, _ = jax.lax.scan(add, zeros, (slices, keys))
         return jax.tree.map(lambda t, s: t.astype(s.dtype), total, sums)
 
@@ -53,6 +53,9 @@ def data_parallel(grad_fn: GradFn, mesh: Mesh, axis: str = "data") -> GradFn:
 
     As everything that a `GradFn` returns is a sum, the result is exactly that of the whole batch. Each device has a
     key of its own.
+
+    Place the state whole on every device (`sharding.replicated`) before the first step; else the step is compiled again
+    for the second.
 
     Args:
         grad_fn: what each device calls on its rows.

@@ -33,13 +33,21 @@ def next_token(apply: Callable[..., jax.Array]) -> LossFn:
         targets, weights = next_tokens(batch)
         losses = cross_entropy(logits, targets)
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        return jnp.sum(weights * losses), Aux(jnp.sum(weights), {"accuracy": jnp.sum(weights * correct)})
+        # Where nothing is predicted, not 0 times the loss: padding may hold any number, and its loss be NaN.
+        loss_sum = jnp.sum(jnp.where(weights > 0, losses, 0))
+        return loss_sum, Aux(jnp.sum(weights), {"accuracy": jnp.sum(weights * correct)})
 
     return loss_fn
 
 
 def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """The targets of a batch and their weights: 0 where there is no next token of the same document, else 1."""
+    """The targets of a batch and their weights: 0 where there is no next token of the same document, else 1.
+
+    Raises:
+        ValueError: the batch has both `segments` and `lengths`.
+    """
+    if "segments" in batch and "lengths" in batch:
+        raise ValueError("next_tokens: the batch has both segments and lengths; give one of them")
     tokens = batch["tokens"].astype(jnp.int32)
     last = tokens.shape[1] - 1
     position = jnp.arange(tokens.shape[1])[None]

@@ -14,8 +14,8 @@ from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 
 
 def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. It holds a copy of the parameters, so the caller's outlive donation."""
-    return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
+    """The state before the first step. It is a copy, so the caller's parameters outlive its donation."""
+    return jax.tree.map(jnp.copy, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
 
 
 def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax.Array) -> Step:
@@ -98,15 +98,18 @@ def stop_signals(*signals: signal.Signals) -> Generator[Callable[[], bool]]:
     signals = signals or (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def note(number: int, frame: Any) -> None:
         del frame
         came.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        restore()
 
     for number in signals:
         signal.signal(number, note)
     try:
         yield lambda: bool(came)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -179,8 +179,13 @@ class Transformer(nnx.Module):
             tokens: ids below `config.vocab`.
             segments: the document number of each token in its row, counted from 1; attention and positions restart
                 with each document. None: each row is one document.
-            cache: what came before `tokens`, which must fit in what is left of it. Excludes `segments`.
+            cache: what came before `tokens`, which must fit in what is left of it.
+
+        Raises:
+            ValueError: both `segments` and `cache`.
         """
+        if segments is not None and cache is not None:
+            raise ValueError("Transformer: got both segments and a cache; generate for one document a row")
         embed = self.embed[...]
         first = jnp.zeros((), jnp.int32) if cache is None else cache.length
         positions = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

@@ -1,0 +1,196 @@
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import TransformerConfig, empty_cache, transformer
+from jaxlm.models.layers import rotary
+from jaxlm.tree import named_leaves, size
+
+CONFIG = TransformerConfig(vocab=23, layers=2, width=16, heads=4, kv_heads=2, hidden=24, qk_norm=True)
+ROWS, LENGTH = 2, 8
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab, (ROWS, LENGTH))
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2, 3, 3]])
+
+init, eager = transformer(CONFIG)
+apply = jax.jit(eager)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """Scales as well as kernels are random."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def logits(params: Any) -> np.ndarray:
+    return np.asarray(apply(params, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"vocab": 0}, "vocab is 0; use 1 or more"),
+        ({"layers": 0}, "layers is 0"),
+        ({"width": 0}, "width is 0"),
+        ({"heads": 0}, "heads is 0"),
+        ({"kv_heads": 0}, "heads is 0"),
+        ({"hidden": -1}, "hidden"),
+        ({"heads": 3}, "width 16 is not divisible by 3 heads"),
+        ({"kv_heads": 3}, "4 heads are not divisible by 3 kv_heads"),
+        ({"heads": 16, "kv_heads": 16}, "even head width"),
+    ],
+)
+def test_config_refuses_impossible_shapes(wrong: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**{"vocab": 8, "layers": 1, "width": 16, "heads": 4} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("activation", "width", "hidden"), [("swiglu", 96, 256), ("swiglu", 100, 288), ("relu2", 96, 384)]
+)
+def test_hidden_width_follows_from_width(activation: Any, width: int, hidden: int):
+    config = TransformerConfig(vocab=8, layers=1, width=width, heads=2, activation=activation)
+    assert config.hidden_width == hidden
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_parameters_are_these(tied: bool, qk_norm: bool, activation: Any):
+    config = TransformerConfig(
+        vocab=23, layers=3, width=16, heads=4, kv_heads=2, tied=tied, qk_norm=qk_norm, activation=activation
+    )
+    hidden = config.hidden_width
+    expected = {
+        "embed": (23, 16),
+        "norm/scale": (16,),
+        "blocks/attention_norm/scale": (3, 16),
+        "blocks/feed_forward_norm/scale": (3, 16),
+        "blocks/attention/q/kernel": (3, 16, 16),
+        "blocks/attention/k/kernel": (3, 16, 8),
+        "blocks/attention/v/kernel": (3, 16, 8),
+        "blocks/attention/o/kernel": (3, 16, 16),
+        "blocks/feed_forward/up/kernel": (3, 16, hidden),
+        "blocks/feed_forward/down/kernel": (3, hidden, 16),
+    }
+    if activation == "swiglu":
+        expected["blocks/feed_forward/gate/kernel"] = (3, 16, hidden)
+    if qk_norm:
+        expected |= {f"blocks/attention/{x}_norm/scale": (3, 4) for x in "qk"}
+    if not tied:
+        expected["head/kernel"] = (16, 23)
+    shapes = jax.eval_shape(transformer(config)[0], jax.random.key(0))
+    assert {name: p.shape for name, p in named_leaves(shapes).items()} == expected
+    assert size(shapes) == sum(math.prod(shape) for shape in expected.values())
+    assert {p.dtype for p in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+
+
+def test_kernels_are_drawn_by_depth_and_differ_between_layers():
+    config = TransformerConfig(vocab=64, layers=8, width=64, heads=2, hidden=128)
+    drawn = jax.tree.map(np.asarray, jax.jit(transformer(config)[0])(jax.random.key(0)))
+    drawn, inner, out = named_leaves(drawn), 64**-0.5, (2 * 8) ** -0.5
+    expected = {
+        "embed": inner,
+        "head/kernel": inner,
+        **{f"blocks/attention/{x}/kernel": inner for x in "qkv"},
+        "blocks/attention/o/kernel": out * inner,
+        **{f"blocks/feed_forward/{x}/kernel": inner for x in ("gate", "up")},
+        "blocks/feed_forward/down/kernel": out * 128**-0.5,
+    }
+    assert {name: np.std(drawn[name]) for name in expected} == pytest.approx(expected, rel=0.04)
+    kernels = [drawn[name] for name in expected.keys() - {"embed", "head/kernel"}]
+    assert all(len(np.unique(kernel[:, 0, 0])) == config.layers for kernel in kernels)
+    assert len({kernel[0, 0, 0] for kernel in kernels}) == len(kernels)
+
+
+def test_logits_are_float32_for_any_type_of_token(params: Any, logits: np.ndarray):
+    assert (logits.shape, logits.dtype) == ((ROWS, LENGTH, CONFIG.vocab), np.float32)
+    np.testing.assert_array_equal(apply(params, TOKENS.astype(np.uint16)), logits)
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document a row", "segments"])
+def test_a_token_changes_later_logits_of_its_document_and_no_other(params: Any, segments: np.ndarray | None):
+    numbers = np.ones_like(TOKENS) if segments is None else segments
+    before = np.asarray(apply(params, TOKENS, segments=segments))
+    for t in range(LENGTH):
+        changed = TOKENS.copy()
+        changed[:, t] = (TOKENS[:, t] + 1) % CONFIG.vocab
+        after = np.asarray(apply(params, changed, segments=segments))
+        seen = (numbers == numbers[:, t : t + 1]) & (np.arange(LENGTH) >= t)
+        np.testing.assert_array_equal(np.any(after != before, axis=-1), seen)
+
+
+def test_a_packed_document_has_the_logits_it_has_alone(params: Any):
+    packed = np.asarray(apply(params, TOKENS, segments=SEGMENTS))
+    for row, begin, end in ((0, 0, 3), (0, 3, 7), (1, 0, 1), (1, 1, 6), (1, 6, 8)):
+        document = np.zeros_like(TOKENS)
+        document[0, : end - begin] = TOKENS[row, begin:end]
+        alone = np.asarray(apply(params, document))[0, : end - begin]
+        np.testing.assert_allclose(packed[row, begin:end], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_restart_with_each_document(params: Any, monkeypatch: pytest.MonkeyPatch):
+    seen = []  # from logits it can't be told: only distances count within a document
+
+    def record(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+        seen.append(np.asarray(positions))
+        return rotary(x, positions, theta)
+
+    monkeypatch.setattr(sys.modules["jaxlm.models.transformer"], "rotary", record)
+    eager(params, jnp.asarray(TOKENS), segments=jnp.asarray(SEGMENTS))
+    assert len(seen) == 2  # queries and keys
+    for positions in seen:
+        np.testing.assert_array_equal(positions, [[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 1, 2, 3, 4, 0, 1]])
+
+
+def test_unrolled_layers_have_the_same_parameters_and_logits(params: Any, logits: np.ndarray):
+    unrolled_init, unrolled = transformer(CONFIG, unroll=True)
+    assert jax.eval_shape(unrolled_init, jax.random.key(0)) == jax.eval_shape(init, jax.random.key(0))
+    np.testing.assert_allclose(jax.jit(unrolled)(params, TOKENS), logits, rtol=1e-5, atol=1e-5)
+    loops = [jax.jit(f).lower(params, TOKENS).as_text().count("stablehlo.while") for f in (eager, unrolled)]
+    assert loops == [1, 0]
+
+
+def test_cached_logits_are_those_of_the_whole(params: Any, logits: np.ndarray):
+    cache, begin, pieces = empty_cache(CONFIG, ROWS, LENGTH + 2), 0, []
+    for end in (3, 4, 5, 8):
+        piece, cache = apply(params, TOKENS[:, begin:end], cache=cache)
+        pieces.append(piece)
+        begin = end
+        assert cache.length == end
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_keeps_its_dtype(params: Any):
+    empty = empty_cache(CONFIG, ROWS, LENGTH, jnp.bfloat16)
+    assert empty.k.shape == (CONFIG.layers, ROWS, LENGTH, CONFIG.key_heads, CONFIG.head_width)
+    piece, cache = jax.eval_shape(lambda cache: apply(params, TOKENS, cache=cache), empty)
+    assert piece.dtype == jnp.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(lambda x: (x.shape, x.dtype), empty)
+
+
+def test_a_cache_and_segments_exclude_each_other(params: Any):
+    with pytest.raises(ValueError, match="segments"):
+        jax.eval_shape(lambda x: apply(params, x, segments=x, cache=empty_cache(CONFIG, ROWS, LENGTH)), TOKENS)
+
+
+def test_bfloat16_parameters_give_close_float32_logits(params: Any, logits: np.ndarray):
+    rounded = np.asarray(apply(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), TOKENS))
+    assert rounded.dtype == np.float32
+    # Each of some 20 products and sums on the way is rounded by at most 2**-8, in any direction.
+    assert 2**-10 < np.std(rounded - logits) / np.std(logits) < 20**0.5 * 2**-8
+
+
+def test_every_parameter_has_a_gradient(params: Any):
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, TOKENS) ** 2)))(params)
+    for name, grad in named_leaves(jax.tree.map(np.asarray, grads)).items():
+        assert np.all(np.isfinite(grad)), name
+        used = grad[np.unique(TOKENS)] if name == "embed" else grad
+        assert np.all(np.any(used != 0, axis=-1)), name

@@ -1,0 +1,178 @@
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.grads import accumulate, data_parallel
+from jaxlm.losses import next_token
+from jaxlm.models import TransformerConfig, transformer
+from jaxlm.sharding import data_mesh
+from jaxlm.types import Aux, Batch, GradFn, Params
+
+ROWS, LENGTH, VOCAB = 16, 6, 5
+KEY = jax.random.key(0)
+MESH = data_mesh()
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "embed": RNG.normal(size=(VOCAB, 4)).astype(np.float32),
+    "head": RNG.normal(size=(4, VOCAB)).astype(np.float32),
+}
+BATCH = {
+    "tokens": RNG.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.uint16),
+    # Four rows of padding, which are a microbatch for k = 4 and two devices out of eight; elsewhere 1 to 6 tokens.
+    "lengths": np.array([6, 1, 2, 6, 3, 1, 1, 2, 0, 0, 0, 0, 5, 6, 1, 1], np.int32),
+}
+
+
+def bigrams(params: Params, tokens: jax.Array) -> jax.Array:
+    return jnp.tanh(params["embed"])[tokens] @ params["head"]
+
+
+whole: GradFn = jax.value_and_grad(next_token(bigrams), has_aux=True)
+
+WRAPPED: dict[str, Callable[[GradFn], GradFn]] = {
+    "accumulate 1": lambda f: accumulate(f, 1),
+    "accumulate 2": lambda f: accumulate(f, 2),
+    "accumulate 4": lambda f: accumulate(f, 4),
+    "accumulate 16": lambda f: accumulate(f, 16),
+    "data_parallel": lambda f: data_parallel(f, MESH),
+    "data_parallel of accumulate": lambda f: data_parallel(accumulate(f, 2), MESH),
+    "accumulate of data_parallel": lambda f: accumulate(data_parallel(f, MESH), 2),
+}
+
+
+def assert_close(found: Any, expected: Any):
+    """The same numbers, added in another order: float32 rounds by 6e-8 of what the sums come to on the way."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(abs(b))), found, expected)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    (loss_sum, aux), grads = jax.jit(whole)(PARAMS, BATCH, KEY)
+    per_row = np.maximum(BATCH["lengths"] - 1, 0)
+    assert aux.weight_sum == per_row.sum()
+    assert len(set(per_row.reshape(4, -1).sum(axis=1))) == 4  # else a mean of means would be right
+    return (loss_sum, aux), grads
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_sums_are_those_of_the_whole_batch(wrap: str, expected: Any):
+    found = jax.jit(WRAPPED[wrap](whole))(PARAMS, BATCH, KEY)
+    assert_close(found, expected)
+
+
+def test_a_transformer_on_devices_in_microbatches_has_the_sums_of_the_whole_batch():
+    config = TransformerConfig(vocab=VOCAB, layers=2, width=8, heads=2)
+    init, apply = transformer(config)
+    shapes = jax.eval_shape(init, KEY)
+    params = jax.tree.map(lambda s: np.random.default_rng(1).normal(size=s.shape).astype(np.float32) / 2, shapes)
+    ends = np.minimum(BATCH["lengths"], 3)[:, None]
+    segments = np.where(np.arange(LENGTH) < ends, 1, 2) * (np.arange(LENGTH) < BATCH["lengths"][:, None])
+    batch = {"tokens": BATCH["tokens"], "segments": segments}
+    grad_fn: GradFn = jax.value_and_grad(next_token(apply), has_aux=True)
+    wrapped = jax.jit(data_parallel(accumulate(grad_fn, 2), MESH))(params, batch, KEY)
+    assert_close(wrapped, jax.jit(grad_fn)(params, batch, KEY))
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_dtypes_are_those_of_the_wrapped_function(wrap: str):
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
+    shapes = jax.eval_shape(WRAPPED[wrap](whole), params, BATCH, KEY)
+    assert shapes == jax.eval_shape(whole, params, BATCH, KEY)
+    assert {s.dtype for s in jax.tree.leaves(shapes[1])} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_accumulate_adds_bfloat16_gradients_in_float32():
+    def ones(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+        del batch, key
+        return (jnp.ones(()), Aux(jnp.ones(()), {})), jnp.ones_like(params)
+
+    _, grads = accumulate(ones, 512)(jnp.zeros(1, jnp.bfloat16), {"tokens": np.zeros((512, 1), int)}, KEY)
+    assert grads.dtype == jnp.bfloat16
+    assert grads[0] == 512  # a bfloat16 sum of ones stays at 256
+
+
+@pytest.mark.parametrize("axis", ["data", "rows"])
+def test_data_parallel_divides_rows_over_the_axis_it_is_told(axis: str):
+    def rows(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+        del key
+        return (jnp.zeros(()), Aux(jnp.zeros(()), {})), params.at[batch["tokens"].shape[0]].set(1.0)
+
+    mesh = jax.make_mesh((4, 2), ("rows", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    _, grads = jax.jit(data_parallel(rows, mesh, axis))(jnp.zeros(9), {"tokens": np.zeros((8, 1), int)}, KEY)
+    devices = {"rows": 4, "data": 2}[axis]
+    np.testing.assert_array_equal(grads, devices * np.eye(9)[8 // devices])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "draws"),
+    [
+        ("accumulate 4", 4),
+        ("data_parallel", 8),
+        ("data_parallel of accumulate", 16),
+        ("accumulate of data_parallel", 16),
+    ],
+)
+def test_keys_are_distinct_and_follow_from_the_key(wrap: str, draws: int):
+    def draw(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+        slot = batch["tokens"][0, 0] * draws // ROWS
+        return (jnp.zeros(()), Aux(jnp.zeros(()), {})), params.at[slot].set(jax.random.uniform(key))
+
+    grad_fn = jax.jit(WRAPPED[wrap](draw))
+    batch = {"tokens": np.arange(ROWS)[:, None]}
+    drawn, again, other = (np.asarray(grad_fn(jnp.zeros(draws), batch, jax.random.key(i))[1]) for i in (0, 0, 1))
+    assert len(set(drawn) | set(other) | {0.0}) == 2 * draws + 1
+    np.testing.assert_array_equal(drawn, again)
+
+
+def all_reduces(program: str) -> tuple[int, int]:
+    """How many a compiled program has outside and inside of its loops."""
+    bodies = {
+        m[1]: m[2]
+        for m in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL)
+    }
+    inside: set[str] = set()
+    queue = re.findall(r"body=%?([\w.\-]+)", program)
+    while queue:
+        name = queue.pop()
+        inside.add(name)
+        queue += [called for called in re.findall(r"%([\w.\-]+)", bodies[name]) if called in bodies.keys() - inside]
+    assert inside, "the program has no loop"
+    counts = {name: len(re.findall(r" all-reduce(?:-start)?\(", body)) for name, body in bodies.items()}
+    return sum(n for name, n in counts.items() if name not in inside), sum(counts[name] for name in inside)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "in_loop"), [("data_parallel of accumulate", False), ("accumulate of data_parallel", True)]
+)
+def test_devices_add_up_after_the_last_microbatch(wrap: str, in_loop: bool):
+    """The second case shows that an all-reduce in a loop would be found."""
+    program = jax.jit(WRAPPED[wrap](whole)).lower(PARAMS, BATCH, KEY).compile().as_text()
+    outside, inside = all_reduces(program)
+    assert (outside > 0, inside > 0) == (not in_loop, in_loop)
+
+
+@pytest.mark.parametrize("microbatches", [0, -2])
+def test_accumulate_refuses_less_than_one_microbatch(microbatches: int):
+    with pytest.raises(ValueError, match=f"{microbatches} microbatches; use 1 or more"):
+        accumulate(whole, microbatches)
+
+
+def test_accumulate_refuses_rows_that_it_cannot_divide():
+    with pytest.raises(ValueError, match="16 rows is not divisible into 3 microbatches"):
+        accumulate(whole, 3)(PARAMS, BATCH, KEY)
+
+
+def test_data_parallel_refuses_rows_that_it_cannot_divide():
+    batch = {name: x[:12] for name, x in BATCH.items()}
+    with pytest.raises(ValueError, match="12 rows is not divisible over 8 devices"):
+        data_parallel(whole, MESH)(PARAMS, batch, KEY)
+
+
+def test_data_parallel_refuses_an_axis_that_the_mesh_lacks():
+    with pytest.raises(ValueError, match=r"axes \['data'\], not 'model'"):
+        data_parallel(whole, MESH, "model")

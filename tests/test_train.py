@@ -1,0 +1,272 @@
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from jaxlm.grads import data_parallel
+from jaxlm.losses import next_token
+from jaxlm.models import functional
+from jaxlm.sharding import by_rows, data_mesh, replicated
+from jaxlm.train import compile_step, fit, make_step, start, stop_signals
+from jaxlm.types import Aux, Batch, Params, TrainState
+
+KEY = jax.random.key(0)
+
+
+def squares(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
+    """The weighted squared errors of a linear model."""
+    del key
+    errors = batch["x"] @ params["w"] - batch["y"]
+    sums = [jnp.sum(batch["weight"] * x) for x in (errors**2, jnp.ones_like(errors), jnp.abs(errors))]
+    return sums[0], Aux(sums[1], {"absolute": sums[2]})
+
+
+def noisy_squares(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
+    return squares(params, {**batch, "x": batch["x"] * jax.random.bernoulli(key, 0.5, batch["x"].shape)}, key)
+
+
+def linear_batches(count: int, *, rows: int = 4) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    arrays = {"x": (count, rows, 3), "y": (count, rows), "weight": (count, rows)}
+    drawn = {name: rng.uniform(0.5, 2, size=shape).astype(np.float32) for name, shape in arrays.items()}
+    return [{name: x[i] for name, x in drawn.items()} for i in range(count)]
+
+
+def linear_params() -> dict[str, jax.Array]:
+    return {"w": jnp.array([0.5, -1.0, 2.0])}
+
+
+grads_of_squares = jax.value_and_grad(squares, has_aux=True)
+
+
+def copy(tree: Any) -> Any:
+    return jax.tree.map(np.array, tree)
+
+
+def test_steps_are_those_of_float64_numpy():
+    rate, w = 0.05, np.array([0.5, -1.0, 2.0])
+    optimizer = optax.sgd(rate)
+    step, state = jax.jit(make_step(grads_of_squares, optimizer, KEY)), start(linear_params(), optimizer)
+    for i, batch in enumerate(linear_batches(3)):
+        x, y, weight = (batch[name].astype(np.float64) for name in ("x", "y", "weight"))
+        errors = x @ w - y
+        gradient = 2 * x.T @ (weight * errors) / weight.sum()
+        expected = {
+            "loss": weight @ errors**2 / weight.sum(),
+            "absolute": weight @ np.abs(errors) / weight.sum(),
+            "grad_norm": np.linalg.norm(gradient),
+            "weight": weight.sum(),
+        }
+        w = w - rate * gradient
+        state, metrics = step(state, batch)
+        assert copy(metrics) == pytest.approx(expected, rel=1e-5)
+        assert state.step == i + 1
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_a_batch_without_weight_changes_the_step_alone(optimizer: optax.GradientTransformation):
+    (batch,) = linear_batches(1)
+    step, state = make_step(grads_of_squares, optimizer, KEY), start(linear_params(), optimizer)
+    after, metrics = jax.jit(step)(state, batch | {"weight": np.zeros(4, np.float32)})
+    assert copy(metrics) == {"loss": 0, "absolute": 0, "grad_norm": 0, "weight": 0}
+    assert after.step == 1
+    np.testing.assert_array_equal(after.params["w"], state.params["w"])
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after.opt_state))
+
+
+def test_bfloat16_parameters_and_moments_stay_bfloat16():
+    params, optimizer = {"w": jnp.ones(3, jnp.bfloat16)}, optax.adam(0.1)
+    state = start(params, optimizer)
+    after, _ = jax.eval_shape(make_step(grads_of_squares, optimizer, KEY), state, linear_batches(1)[0])
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
+def test_the_optimizer_is_told_the_mean_loss():
+    def update(updates: Params, state: jax.Array, params: Any = None, *, value: jax.Array, **extra: Any) -> Any:
+        del state, params, extra
+        return updates, value
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
+    step = jax.jit(make_step(grads_of_squares, optimizer, KEY))
+    state, metrics = step(start(linear_params(), optimizer), linear_batches(1)[0])
+    assert state.opt_state == metrics["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sgd(0.1), optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.1, 9)))],
+    ids=["sgd", "clipped adamw"],
+)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_nothing_is_compiled_after_the_first_step(optimizer: optax.GradientTransformation, devices: int):
+    mesh = data_mesh(jax.devices()[:devices])
+    step = jax.jit(make_step(data_parallel(grads_of_rows, mesh), optimizer, KEY), donate_argnums=0)
+    state = jax.device_put(start(linear_params(), optimizer), replicated(mesh))
+    before = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+    for batch in linear_batches(3, rows=8):
+        state, _ = step(state, jax.device_put(batch | {"tokens": batch["x"]}, by_rows(mesh)))
+    assert step._cache_size() == 1
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == before
+
+
+def grads_of_rows(params: Params, batch: Batch, key: jax.Array) -> Any:
+    return grads_of_squares(params, batch, key)
+
+
+def test_a_compiled_step_donates_its_state_and_refuses_other_shapes():
+    optimizer = optax.adam(0.1)
+    small, large = linear_batches(1, rows=2)[0], linear_batches(1, rows=4)[0]
+    state = start(linear_params(), optimizer)
+    step = compile_step(make_step(grads_of_squares, optimizer, KEY), state, [small, large])
+    for batch in (large, small, large):
+        before, (state, metrics) = state, step(state, batch)
+        assert np.isfinite(metrics["loss"])
+        assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state)))
+    with pytest.raises(ValueError, match=r"weight float32\[3\], x float32\[3, 3\].* only for .*x float32\[2, 3\]"):
+        step(state, linear_batches(1, rows=3)[0])
+    assert state.step == 3  # the refused step has taken nothing
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["jitted", "compiled"])
+def test_fit_yields_each_state_until_the_next(ahead: bool):
+    optimizer, batches = optax.adam(0.1), linear_batches(3)
+    step, state = make_step(grads_of_squares, optimizer, KEY), start(linear_params(), optimizer)
+    steps, yielded = [], []
+    for state, _ in fit(compile_step(step, state, batches[:1]) if ahead else step, state, iter(batches)):
+        assert all(old.params["w"].is_deleted() for old in yielded)
+        yielded.append(state)
+        steps.append(int(state.step))
+    assert steps == [1, 2, 3]
+
+
+def test_fit_takes_a_batch_only_when_it_is_asked():
+    batches = iter(linear_batches(3))
+    loop = fit(make_step(grads_of_squares, optax.sgd(0.1), KEY), start(linear_params(), optax.sgd(0.1)), batches)
+    next(loop)
+    loop.close()
+    assert len(list(batches)) == 2
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.adam(0.1), optax.contrib.dog()], ids=["adam", "dog keeps the first params"]
+)
+def test_the_parameters_given_to_start_outlive_donation(optimizer: optax.GradientTransformation):
+    params = linear_params()
+    for _ in fit(make_step(grads_of_squares, optimizer, KEY), start(params, optimizer), linear_batches(2)):
+        pass
+    assert not params["w"].is_deleted()
+    np.testing.assert_array_equal(params["w"], linear_params()["w"])
+
+
+def last(states: Iterator[tuple[TrainState, Any]]) -> TrainState:
+    *_, (state, _) = states
+    return state
+
+
+def test_a_resumed_run_equals_a_straight_one_bitwise():
+    optimizer, batches = optax.adam(0.05), linear_batches(20)
+    grad_fn = jax.value_and_grad(noisy_squares, has_aux=True)
+
+    def begin() -> TrainState:
+        return start(linear_params(), optimizer)
+
+    step = compile_step(make_step(grad_fn, optimizer, KEY), begin(), batches[:1])
+    straight = copy(last(fit(step, begin(), batches)))
+    saved = copy(last(fit(step, begin(), batches[:10])))
+    resumed = copy(last(fit(step, jax.tree.map(jnp.asarray, saved), batches[10:])))
+    assert resumed.step == 20
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    again = jax.tree.map(jnp.asarray, saved)._replace(step=jnp.zeros((), jnp.int32))  # draws other noise
+    assert np.any(copy(last(fit(step, again, batches[10:]))).params["w"] != straight.params["w"])
+
+
+VOCAB = 7
+
+
+def plain() -> tuple[Params, Callable[..., jax.Array]]:
+    params = {"embed": jax.random.normal(KEY, (VOCAB, 8)), "head": jnp.zeros((8, VOCAB))}
+    return params, lambda params, tokens: params["embed"][tokens] @ params["head"]
+
+
+def of_linen() -> tuple[Params, Callable[..., jax.Array]]:
+    class Bigrams(linen.Module):
+        @linen.compact
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return linen.Dense(VOCAB)(linen.Embed(VOCAB, 8)(tokens))
+
+    return Bigrams().init(KEY, jnp.zeros((1, 2), int)), Bigrams().apply
+
+
+def of_nnx() -> tuple[Params, Callable[..., jax.Array]]:
+    class Bigrams(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.embed, self.head = nnx.Embed(VOCAB, 8, rngs=rngs), nnx.Linear(8, VOCAB, rngs=rngs)
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return self.head(self.embed(tokens))
+
+    init, apply = functional(Bigrams)
+    return init(KEY), apply
+
+
+@pytest.mark.parametrize("model", [plain, of_linen, of_nnx], ids=["functions", "linen", "nnx"])
+def test_any_kind_of_model_learns(model: Callable[[], tuple[Params, Callable[..., jax.Array]]]):
+    params, apply = model()
+    optimizer = optax.adam(0.1)
+    step = make_step(jax.value_and_grad(next_token(apply), has_aux=True), optimizer, KEY)
+    counting = (np.arange(4)[:, None] + np.arange(8)) % VOCAB  # each token is the one before plus one
+    batches = [{"tokens": counting.astype(np.uint8)}] * 30
+    losses = [float(metrics["loss"]) for _, metrics in fit(step, start(params, optimizer), batches)]
+    assert losses[0] > 0.7 * np.log(VOCAB)
+    assert losses[-1] < 0.05
+
+
+@pytest.fixture
+def came() -> Iterator[list[int]]:
+    """Which signals have come through to the handlers that were there before."""
+    numbers: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: numbers.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_held_back_and_the_second_is_not(number: signal.Signals, came: list[int]):
+    with stop_signals() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), number)
+        assert stopped()
+        assert came == []
+        os.kill(os.getpid(), number)
+        assert came == [number]
+
+
+def test_only_the_named_signals_are_held_back(came: list[int]):
+    with stop_signals(signal.SIGINT) as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (came, stopped()) == ([signal.SIGTERM], False)
+
+
+@pytest.mark.parametrize("signals", [0, 1, 2])
+def test_handlers_are_restored_also_after_an_exception(signals: int, came: list[int]):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def stop() -> None:
+        with stop_signals():
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stop()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(came) == max(signals - 1, 0)
