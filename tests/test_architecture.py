@@ -22,8 +22,9 @@ DOORS = {
     "orbax": "jaxlm/checkpoint.py",
     "grain": "jaxlm/data/pipeline.py",
     "matplotlib": "jaxlm/report.py",
+    "rich": "jaxlm/metrics.py",
 }
-BY_EXPERIMENTS_ALONE = {"tyro", "rich", "experiments", "tests"}
+BY_EXPERIMENTS_ALONE = {"tyro", "experiments", "tests"}
 
 
 def imports(file: Path) -> Iterator[str]:

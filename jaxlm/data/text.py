@@ -1,0 +1,50 @@
+"""Where documents come from."""
+
+import os
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Document(NamedTuple):
+    """A text and where it came from."""
+
+    name: str
+    text: bytes
+
+
+def text_files(
+    folder: str | os.PathLike[str],
+    suffixes: Iterable[str] = (".txt", ".md", ".py"),
+    *,
+    leave_out: Collection[str] = (),
+) -> Iterator[Document]:
+    """The files in a folder and those below it, in order of their names, read one at a time.
+
+    Args:
+        folder: where.
+        suffixes: how the names of wanted files end.
+        leave_out: names of folders not to look into.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no file has one of the suffixes.
+    """
+    folder, suffixes = Path(folder), tuple(suffixes)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in leave_out]
+        found += [Path(parent, name) for name in files if name.endswith(suffixes)]
+    if not found:
+        raise ValueError(f"{folder} has no text: no file in it ends in one of {suffixes}")
+    names = sorted(file.relative_to(folder) for file in found)
+    return (Document(name.as_posix(), (folder / name).read_bytes()) for name in names)
+
+
+def python_library() -> Iterator[Document]:
+    """The sources of the running Python's standard library without its tests: 11 MB of text that is always there."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return text_files(sysconfig.get_paths()["stdlib"], [".py"], leave_out=left_out)
