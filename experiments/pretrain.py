@@ -63,6 +63,7 @@ def main(config: Config) -> None:
         folder = Path(tempfile.mkdtemp()) / "smoke"
     metrics.open_run(folder, dataclasses.asdict(config), __file__)
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     tokenizer = data.ByteTokenizer()
     if config.text is None:
