@@ -38,10 +38,10 @@ types: setup ## pyright
 	$(BIN)/pyright
 
 test: setup ## the tests but the slow ones
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 -m "not slow and not gpu" $(ARGS)
 
 test-all: setup ## all tests that this machine can run
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 smoke: setup ## every experiment and benchmark, two steps each
 	$(BIN)/pytest tests/test_experiments.py -m "" $(ARGS)

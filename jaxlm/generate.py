@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer
+from jaxtyping import Array, Float, Integer
 
 from jaxlm.checkpoint import load_params
 from jaxlm.data.tokenizers import Tokenizer, tokenizer_of
@@ -23,7 +23,7 @@ def generate(
     key: jax.Array,
     *,
     length: int,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> Integer[Array, "B length"]:
     """Samples `length` tokens after each prompt, keeping keys and values of what came before.
 
