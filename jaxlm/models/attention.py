@@ -30,7 +30,13 @@ def attention(
     mask = mask[None, None, None]
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :])[:, None, None]
-    grouped = q.reshape(batch, length, key_heads, heads // key_heads, width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+    # Heads before positions, so that both products are batches of plain matrix products, forward and backward.
+    grouped = jnp.moveaxis(q.reshape(batch, length, key_heads, heads // key_heads, width), 1, 3)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scores = jnp.einsum("bkgth,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    # The softmax's division comes after the product, where there is less to divide.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    y = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    y = y / jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.moveaxis(y, 3, 1).reshape(q.shape).astype(q.dtype)

@@ -69,7 +69,9 @@ def test_a_query_that_sees_one_key_returns_its_value_and_has_no_gradient():
     q, k, v = inputs(HEADS)
     np.testing.assert_array_equal(attend(q, k, v, segments=alone), v)
     gradient = jax.grad(lambda q: jnp.sum(attend(q, k, v, segments=alone) ** 2))(q)
-    np.testing.assert_array_equal(gradient, jnp.zeros_like(q))
+    # Two terms cancel: what is left is float32's rounding of one of them, which is up to 2 v . v.
+    rounding = 2 * float(jnp.max(jnp.sum(v**2, axis=-1))) * np.finfo(np.float32).eps
+    assert float(jnp.max(jnp.abs(gradient))) <= 2 * rounding
 
 
 def test_bfloat16_rounds_weights_and_output_only():
