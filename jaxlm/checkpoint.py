@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.tree import named_leaves
@@ -127,6 +126,8 @@ class Checkpoints:
 def load_params(folder: str | os.PathLike[str]) -> tuple[Params, Json]:
     """The parameters in the newest complete checkpoint, on the first device, and what was said `about` them.
 
+    They must have been nested dicts of arrays, as those of jaxlm's models are.
+
     Args:
         folder: the folder of a run's checkpoints.
 
@@ -158,7 +159,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 def _shapes(tree: Any) -> dict[str, list[Any]]:
     """The dtype and shape of each leaf, as JSON: `{"embed": ["float32", 258, 128]}`."""
-    return {name: [jnp.dtype(leaf.dtype).name, *leaf.shape] for name, leaf in named_leaves(tree).items()}
+    return {name: [str(leaf.dtype), *leaf.shape] for name, leaf in named_leaves(tree).items()}
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

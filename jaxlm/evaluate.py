@@ -1,7 +1,7 @@
 """The mean of a loss over batches."""
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 
@@ -29,13 +29,9 @@ def evaluate(
     Raises:
         ValueError: no batch, or none with a predicted token.
     """
-    sums: Any = None
-    for batch in batches:
-        found = eval_fn(params, batch)
-        sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
-    if sums is None or sums[1].weight_sum == 0:
+    found: list[tuple[jax.Array, Aux]] = jax.device_get([eval_fn(params, batch) for batch in batches])
+    weight = math.fsum(aux.weight_sum for _, aux in found)
+    if not weight:
         raise ValueError("evaluate: no token to predict in any batch")
-    loss_sum, (weight_sum, metrics) = jax.device_get(sums)
-    return {name: float(x / weight_sum) for name, x in {"loss": loss_sum, **metrics}.items()} | {
-        "weight": float(weight_sum)
-    }
+    sums = [{"loss": loss_sum, **aux.metrics} for loss_sum, aux in found]
+    return {name: math.fsum(one[name] for one in sums) / weight for name in sums[0]} | {"weight": weight}

@@ -37,7 +37,12 @@ def generate(
 
     Returns:
         The drawn ids, int32.
+
+    Raises:
+        ValueError: a length below 1.
     """
+    if length < 1:
+        raise ValueError(f"generate: length is {length}; use 1 or more")
     _, apply = transformer(config)
     rows, prompt_length = prompt.shape
     cache = empty_cache(config, rows, prompt_length + length, params["embed"].dtype)
@@ -52,9 +57,9 @@ def generate(
         token = draw(logits[:, -1], key)
         return (token, cache), token
 
-    first_key, *_ = keys = jax.random.split(key, length)
+    keys = jax.random.split(key, length)
     logits, cache = apply(params, prompt, cache=cache)
-    first = draw(logits[:, -1], first_key)
+    first = draw(logits[:, -1], keys[0])
     _, rest = jax.lax.scan(step, (first, cache), keys[1:])
     return jnp.concatenate([first[:, None], rest.T], axis=1)
 

@@ -19,7 +19,7 @@ PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grai
 
 
 def open_run(folder: str | os.PathLike[str], config: Mapping[str, Any], source: str | os.PathLike[str]) -> Path:
-    """Makes the folder of a run, or checks that it is this run's.
+    """Makes the folder of a run, or checks that it is this run's if that has begun.
 
     It gets `config.json`, `versions.json` and a copy of the source that made it; later `Log` adds to it.
 
@@ -37,6 +37,9 @@ def open_run(folder: str | os.PathLike[str], config: Mapping[str, Any], source: 
     """
     folder = Path(folder)
     config = json.loads(json.dumps(config))
+    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if (folder / "config.json").exists() and not begun:
+        shutil.rmtree(folder)  # of a command that was refused
     if (folder / "config.json").exists():
         saved = json.loads((folder / "config.json").read_text())
         for name in {**saved, **config}:
@@ -114,14 +117,14 @@ class Log:
         """Writes what has been taken, once the device has computed it."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         now = time.perf_counter()
         for file, line in zip(self._files, (values, {"seconds": round(now - self._last, 6)}), strict=True):
             file.write(json.dumps({"step": step, **line}) + "\n")
             file.flush()
         self._recent.append((values.get("weight", 0.0), now - self._last))
-        self._pending, self._last = None, now
+        self._last = now
         self._latest |= values
         self._show(step, in_full="heldout" in values)
 

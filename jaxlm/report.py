@@ -34,7 +34,7 @@ def write_report(folder: Path, results: Mapping[str, str]) -> Path:
     """
     lines, timing = read_log(folder / "metrics.jsonl"), read_log(folder / "timing.jsonl")
     config, versions = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "versions"))
-    title = html.escape(f"{folder.name}")
+    title = html.escape(folder.name)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>
 {_table({name: result for name, result in results.items() if name != "sample"})}
@@ -51,10 +51,7 @@ def write_report(folder: Path, results: Mapping[str, str]) -> Path:
 
 def smooth(values: Sequence[float], window: int) -> Float[np.ndarray, " N"]:
     """The mean of each value and up to `window - 1` before it."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    last = np.arange(1, len(values) + 1)
-    first = np.maximum(last - window, 0)
-    return (sums[last] - sums[first]) / (last - first)
+    return np.array([np.mean(values[max(0, last - window) : last]) for last in range(1, len(values) + 1)])
 
 
 def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]]) -> str:
@@ -71,7 +68,8 @@ def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, An
         heldout = [(line["step"] - 1, line["heldout"]) for line in lines if "heldout" in line]
         if heldout:
             axes.plot(*zip(*heldout, strict=True), "o-", markersize=3, label="held out, bits per byte")
-        axes.set_ylim(0, 1.05 * max(np.quantile(bits, 0.98), *(bits for _, bits in heldout[1:]), 0.1))
+        finite = [b for b in bits if np.isfinite(b)] or [1.0]  # of a run that diverged, what came before
+        axes.set_ylim(0, 1.05 * np.quantile(finite, 0.98) + 0.1)
         axes.legend(frameon=False)
 
     def rate(axes: Axes) -> None:

@@ -51,10 +51,19 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
     assert metrics.open_run(tmp_path / "run", config, source) == folder
     assert (folder / source.name).read_text() == source.read_text()
     assert json.loads((folder / "versions.json").read_text())["devices"][1] == 8
+    (folder / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="rows is \\[1, 2\\] there and \\[1, 3\\] here"):
         metrics.open_run(folder, {**config, "rows": (1, 3)}, source)
     with pytest.raises(ValueError, match="seed is None there and 0 here"):
         metrics.open_run(folder, {**config, "seed": 0}, source)
+
+
+def test_a_folder_whose_run_has_not_begun_is_made_anew(tmp_path: Path) -> None:
+    metrics.open_run(tmp_path / "run", {"heads": 3}, __file__)
+    (tmp_path / "run" / "corpus").mkdir()
+    folder = metrics.open_run(tmp_path / "run", {"heads": 2}, __file__)
+    assert json.loads((folder / "config.json").read_text()) == {"heads": 2}
+    assert not (folder / "corpus").exists()
 
 
 def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:

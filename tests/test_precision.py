@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlm import models
 from jaxlm.losses import next_token
 from jaxlm.precision import compute_in
 from jaxlm.types import Aux, Batch, Params
@@ -59,3 +60,14 @@ def test_only_floating_point_parameters_are_rounded():
 def test_other_types_are_refused(dtype: Any):
     with pytest.raises(ValueError, match=f"{jnp.dtype(dtype).name} is neither bfloat16 nor float32; use one of these"):
         compute_in(dtype, loss_fn)
+
+
+def test_the_gradient_of_a_frequent_token_is_that_of_float32() -> None:
+    init, apply = models.transformer(models.TransformerConfig(vocab=8, layers=1, width=8, heads=2))
+    params = init(jax.random.key(0))
+    batch = {"tokens": jnp.full((16, 256), 3)}
+    half, full = (
+        jax.jit(jax.grad(lambda p, loss_fn=loss_fn: loss_fn(p, batch, jax.random.key(0))[0]))(params)["embed"][3]
+        for loss_fn in (compute_in(dtype, next_token(apply)) for dtype in (jnp.bfloat16, jnp.float32))
+    )
+    np.testing.assert_allclose(half, full, rtol=0, atol=0.03 * float(jnp.max(jnp.abs(full))))

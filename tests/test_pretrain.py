@@ -22,7 +22,7 @@ SMALL = [
     "64",
     "--tokens-per-batch=512",
     "--save-every=20",
-    "--steps=90",
+    "--steps=300",
 ]
 
 
@@ -79,8 +79,10 @@ def test_interrupted_and_run_again_writes_the_same_metrics(
         process.communicate()
     else:
         assert "To go on: " in finish(process, 75)
-        assert 47 <= len((run / "metrics.jsonl").read_text().splitlines()) < 90
-    assert "going on from step" in finish(start(tmp_path, text))
+        assert 47 <= len((run / "metrics.jsonl").read_text().splitlines()) < 300
+    until_then = (run / "timing.jsonl").read_text().splitlines()[:40]
+    finish(start(tmp_path, text))
+    assert (run / "timing.jsonl").read_text().splitlines()[:40] == until_then  # it went on, and didn't begin anew
     for name in ("metrics.jsonl", "results.json"):
         assert (run / name).read_text() == (straight / name).read_text()
 
@@ -88,12 +90,13 @@ def test_interrupted_and_run_again_writes_the_same_metrics(
 def test_a_full_disk_ends_the_run_and_loses_nothing(straight: Path, text: Path, tmp_path: Path) -> None:
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
     program = limit + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    process = start(tmp_path, text, PYTHONSTARTUP="")
+    process = start(tmp_path, text)
     wait_for_lines(tmp_path / "runs" / "pretrain" / "metrics.jsonl", 25, process)
     process.kill()
     process.communicate()
     limited = [sys.executable, "-c", program, *process.args[1:]]  # type: ignore[index]
-    failed = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, check=False)
+    cache = os.environ | {"JAXLM_CACHE": str(tmp_path / "cache")}  # a full disk must not cut off what others use
+    failed = subprocess.run(limited, cwd=tmp_path, env=cache, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert "File too large" in failed.stderr or "disk is full" in failed.stderr
     finish(start(tmp_path, text))
@@ -103,23 +106,23 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(straight: Path, text: Path, 
 
 def test_the_metrics_have_a_line_for_each_step_and_the_loss_falls(straight: Path) -> None:
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 91))
-    assert [line["step"] for line in lines if "heldout" in line] == [1, 21, 41, 61, 81]
+    assert [line["step"] for line in lines] == list(range(1, 301))
+    assert [line["step"] for line in lines if "heldout" in line] == list(range(1, 301, 20))
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
 def test_a_run_leaves_all_that_it_takes_to_repeat_it(straight: Path, text: Path) -> None:
     assert (straight / "pretrain.py").read_text() == SCRIPT.read_text()
-    assert json.loads((straight / "config.json").read_text())["steps"] == 90
+    assert json.loads((straight / "config.json").read_text())["steps"] == 300
     assert "jax" in json.loads((straight / "versions.json").read_text())
     assert "<svg" in (straight / "report.html").read_text()
-    output = finish(start(straight.parents[1], text, "--steps", "91"), 1)
-    assert "belongs to another configuration: steps is 90 there and 91 here" in output
+    output = finish(start(straight.parents[1], text, "--steps", "301"), 1)
+    assert "belongs to another configuration: steps is 300 there and 301 here" in output
 
 
 def test_several_devices_find_the_same(straight: Path, text: Path, tmp_path: Path) -> None:
     output = finish(start(tmp_path, text, JAX_NUM_CPU_DEVICES="4"))
-    assert "parameters on 4 cpu" in output
+    assert " 4 devices" in output
     ours, theirs = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (straight, tmp_path / "runs" / "pretrain")
@@ -149,6 +152,8 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         ({"microbatches": 3}, "not divisible into 3 microbatches"),
         ({"tokens_per_batch": 256 * 4}, "a batch of 4 rows is not divisible over 8 devices"),
         ({"row_lengths": (1,)}, r"row lengths \[1\]"),
+        ({"save_every": 0}, "must be 1 or more"),
+        ({"steps": 0}, "must be 1 or more"),
     ],
     ids=str,
 )
@@ -167,3 +172,16 @@ def test_a_folder_without_text_is_refused_and_no_corpus_is_left(pretrain: Module
     with pytest.raises(ValueError, match="no documents in the train split"):
         pretrain.main(pretrain.Config(text="empty"))
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_refused_command_does_not_stand_in_the_way_of_the_right_one(
+    pretrain: ModuleType, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    for i in range(80):
+        (tmp_path / "other" / f"{i}.txt").write_bytes(b"\xff" * (i + 3))
+    with pytest.raises(ValueError, match="not divisible by 3 heads"):
+        pretrain.main(pretrain.Config(text=str(text), heads=3))
+    pretrain.main(pretrain.Config(text="other", layers=1, width=16, row_lengths=(64,), steps=1, microbatches=1))
+    manifest = json.loads((tmp_path / "runs" / "pretrain" / "corpus" / "manifest.json").read_text())
+    assert manifest["not_utf8"] == 80

@@ -42,3 +42,11 @@ def test_smooth_is_the_mean_of_the_last_values() -> None:
     values = np.random.default_rng(0).normal(size=20).tolist()
     expected = [np.mean(values[max(0, i - 4) : i + 1]) for i in range(20)]
     np.testing.assert_allclose(report.smooth(values, 5), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_that_diverged_has_a_page(tmp_path: Path) -> None:
+    folder = metrics.open_run(tmp_path / "run", {}, __file__)
+    with metrics.Log(folder, 0, steps=4) as log:
+        for step, loss in enumerate([2.0, 1.0, float("nan"), float("inf")], start=1):
+            log.write(step, {"loss": loss, "learning_rate": 1.0, "weight": 1.0, "heldout": loss})
+    assert "<svg" in report.write_report(folder, {}).read_text()

@@ -37,7 +37,8 @@ def text_files(
     found: list[Path] = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in leave_out]
-        found += [Path(parent, name) for name in files if name.endswith(suffixes)]
+        paths = (Path(parent, name) for name in files if name.endswith(suffixes))
+        found += [path for path in paths if path.is_file()]
     if not found:
         raise ValueError(f"{folder} has no text: no file in it ends in one of {suffixes}")
     names = sorted(file.relative_to(folder) for file in found)

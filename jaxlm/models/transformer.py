@@ -195,7 +195,8 @@ class Transformer(nnx.Module):
         cached = None if cache is None else (cache.k, cache.v)
         x, cached = jax.lax.scan(
             lambda x, layer: layer[0](x, where, layer[1]),
-            embed[tokens],
+            # Looked up in float32, where the gradients of a token add up: bfloat16 stops at some 256 of them.
+            embed.astype(jnp.float32)[tokens].astype(embed.dtype),
             (self.blocks, cached),
             unroll=self.config.layers if self.unroll else 1,
         )
