@@ -80,9 +80,9 @@ def test_interrupted_and_run_again_writes_the_same_metrics(
     else:
         assert "To go on: " in finish(process, 75)
         assert 47 <= len((run / "metrics.jsonl").read_text().splitlines()) < 300
-    until_then = (run / "timing.jsonl").read_text().splitlines()[:40]
+    until_then = (run / "timing.jsonl").read_text().splitlines()[:20]
     finish(start(tmp_path, text))
-    assert (run / "timing.jsonl").read_text().splitlines()[:40] == until_then  # it went on, and didn't begin anew
+    assert (run / "timing.jsonl").read_text().splitlines()[:20] == until_then  # it went on, and didn't begin anew
     for name in ("metrics.jsonl", "results.json"):
         assert (run / name).read_text() == (straight / name).read_text()
 
