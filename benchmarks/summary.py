@@ -19,6 +19,12 @@ LABELS: Final = {
 """The contestants' functions, and what tables call them."""
 BASELINES: Final = [name for name in LABELS if name.startswith("baselines.")]
 
+QUIET: Final = 0.2
+"""Cores: with more than that taken away, a turn tells how well a contestant gets on with others. PyTorch's threads,
+which wait for one another at each operation, then lose several times what XLA's."""
+FEWEST: Final = 3
+"""Quiet rounds; with less of them, all rounds count."""
+
 
 @dataclasses.dataclass
 class Measured:
@@ -35,15 +41,21 @@ class Measured:
     foreign_cores: list[float | None] = dataclasses.field(default_factory=list[float | None])
     """How many cores other processes kept busy meanwhile; None where the system doesn't tell."""
 
-    @property
-    def step_seconds(self) -> float:
-        return statistics.median(self.seconds) / self.steps
+    def step_seconds(self, rounds: Sequence[int]) -> float:
+        """The median over some rounds."""
+        return statistics.median(self.seconds[i] for i in rounds) / self.steps
 
 
-def ratios(one: Measured, other: Measured) -> list[float]:
+def quiet_rounds(measured: Mapping[str, Measured]) -> list[int]:
+    """The rounds in which no contestant was disturbed; all rounds if these are too few to tell anything."""
+    rounds = range(len(measured[OWN].seconds))
+    quiet = [i for i in rounds if all((m.foreign_cores[i] or 0.0) <= QUIET for m in measured.values())]
+    return quiet if len(quiet) >= FEWEST else list(rounds)
+
+
+def ratios(one: Measured, other: Measured, rounds: Sequence[int]) -> list[float]:
     """How many times as fast as the other one is, round by round."""
-    pairs = zip(one.seconds, other.seconds, strict=True)
-    return [(theirs / other.steps) / (ours / one.steps) for ours, theirs in pairs]
+    return [(other.seconds[i] / other.steps) / (one.seconds[i] / one.steps) for i in rounds]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -54,29 +66,31 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def numbers(workload: Workload, measured: Mapping[str, Measured], failed: Sequence[str], device: str) -> dict[str, Any]:
     """Everything about one model, contestant by contestant."""
-    ceiling, peak = measured[CEILING], peak_flops(device)
-    reached = 2 * matmul_size(workload.dtype) ** 3 / ceiling.step_seconds
+    rounds, peak = quiet_rounds(measured), peak_flops(device)
+    reached = 2 * matmul_size(workload.dtype) ** 3 / measured[CEILING].step_seconds(rounds)
     contestants: dict[str, Any] = {}
     for name, m in measured.items():
         if name == CEILING:
             continue
-        flops = workload.flops / m.step_seconds
+        step_seconds = m.step_seconds(rounds)
+        flops = workload.flops / step_seconds
         contestants[LABELS[name]] = {
-            "step_seconds": m.step_seconds,
-            "tokens_per_second": workload.tokens / m.step_seconds,
+            "step_seconds": step_seconds,
+            "tokens_per_second": workload.tokens / step_seconds,
             "flops_per_second": flops,
             "model_flops_utilization": flops / peak if peak else None,
             "share_of_matmul": flops / reached,
-            "compile_seconds": max(0.0, m.seconds_to_first_step - m.step_seconds),
+            "compile_seconds": max(0.0, m.seconds_to_first_step - step_seconds),
             "times_as_fast_as": {
-                LABELS[other]: spread(ratios(m, measured[other])) for other in BASELINES if other in measured
+                LABELS[other]: spread(ratios(m, measured[other], rounds)) for other in BASELINES if other in measured
             },
             "rounds": dataclasses.asdict(m),
         }
     return {
         "workload": {**dataclasses.asdict(workload), "tokens": workload.tokens, "flops": workload.flops},
         "peak_flops_per_second": peak,
-        "matmul": {"flops_per_second": reached, "rounds": dataclasses.asdict(ceiling)},
+        "matmul": {"flops_per_second": reached, "rounds": dataclasses.asdict(measured[CEILING])},
+        "counted_rounds": rounds,
         "contestants": contestants,
         "failed": [LABELS[name] for name in failed],
     }
@@ -87,11 +101,11 @@ def table(models: Sequence[Mapping[str, Any]], device: str) -> Table:
     of_peak = models[0]["peak_flops_per_second"] is not None
     lines = Table(title=f"train step on {device}", caption=_caption(models, of_peak=of_peak))
     for column in ("model", "contestant"):
-        lines.add_column(column)
+        lines.add_column(column, no_wrap=True)
     for column in ("step", "tokens/s", "FLOP/s", "MFU" if of_peak else "of matmul", "compile"):
-        lines.add_column(column, justify="right")
+        lines.add_column(column, justify="right", no_wrap=True)
     for name in BASELINES:
-        lines.add_column(f"times {LABELS[name]}", justify="right")
+        lines.add_column(f"times {LABELS[name]}", justify="right", no_wrap=True)
     for model in models:
         for label, c in model["contestants"].items():
             times = [c["times_as_fast_as"].get(LABELS[name]) if LABELS[name] != label else None for name in BASELINES]
@@ -119,8 +133,9 @@ def _caption(models: Sequence[Mapping[str, Any]], *, of_peak: bool) -> str:
     if not of_peak:
         reached = ", ".join(f"{m['matmul']['flops_per_second'] / 1e9:,.0f}" for m in models)
         parts.append(f"large products alone: {reached} GFLOP/s")
-    contestants = [c for model in models for c in model["contestants"].values()]
-    foreign = [cores for c in contestants for cores in c["rounds"]["foreign_cores"] if cores is not None]
-    if foreign:
-        parts.append(f"other processes: {statistics.median(foreign):.2f} cores")
+    for model in models:
+        own, name = model["contestants"][LABELS[OWN]]["rounds"], model["workload"]["name"]
+        counted, all_rounds = len(model["counted_rounds"]), len(own["seconds"])
+        busiest = max((own["foreign_cores"][i] or 0.0 for i in model["counted_rounds"]), default=0.0)
+        parts.append(f"{name}: {counted} of {all_rounds} rounds, others on at most {busiest:.1f} cores")
     return "; ".join(parts)

@@ -206,7 +206,7 @@ def main() -> None:
             measured, failed = measure(model, names, Path(folder), environment, options.rounds, options.seconds)
         results.append(numbers(model, measured, failed, device))
     console = Console()
-    (console if console.is_terminal else Console(width=130)).print(table(results, device))
+    (console if console.is_terminal else Console(width=140)).print(table(results, device))
     if options.smoke and not options.out:
         return
     name = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())

@@ -63,7 +63,7 @@ class Hyperparameters:
 
 
 def _default(name: str, rows: int, length: int) -> Workload:
-    """The model that experiments/pretrain.py trains by default, in one of its two shapes of batch."""
+    """A model of bytes, of the size that experiments/pretrain.py trains by default, on 4096 tokens at a time."""
     return Workload(
         name=name, vocab=258, layers=4, width=128, heads=2, hidden=352, rows=rows, length=length, dtype="float32"
     )

@@ -1,4 +1,4 @@
-"""Trains a language model on text: here, or on any number of GPUs or TPUs.
+"""Trains a language model on text, on all devices of this machine: CPU, GPUs or TPUs.
 
 With no arguments it learns Python from the sources of Python's own standard library, in about two minutes on two CPU
 cores. It writes runs/NAME/: metrics, checkpoints, and report.html to look at. Ctrl-C saves; the same command goes on.

@@ -111,6 +111,17 @@ def test_the_metrics_have_a_line_for_each_step_and_the_loss_falls(straight: Path
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
+def test_nothing_is_compiled_once_the_run_has_begun_even_when_it_goes_on(text: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, text)
+    wait_for_lines(tmp_path / "runs" / "pretrain" / "metrics.jsonl", 47, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 75)
+    output = finish(start(tmp_path, text, JAX_LOG_COMPILES="1"))
+    begun, ended = output.index(" tok/s "), output.index("300/300")
+    assert "Compiling" in output[:begun]
+    assert "Compiling" not in output[begun:ended]
+
+
 def test_a_run_leaves_all_that_it_takes_to_repeat_it(straight: Path, text: Path) -> None:
     assert (straight / "pretrain.py").read_text() == SCRIPT.read_text()
     assert json.loads((straight / "config.json").read_text())["steps"] == 300
