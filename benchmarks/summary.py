@@ -8,10 +8,9 @@ from typing import Any, Final
 from rich.table import Table
 from workloads import Workload, matmul_size, peak_flops
 
-OWN: Final = "jaxlm_step.train"
 CEILING: Final = "matmul.train"
 LABELS: Final = {
-    OWN: "jaxlm",
+    "jaxlm_step.train": "jaxlm",
     "jaxlm_step.train_in_microbatches": "jaxlm, 4 microbatches",
     "baselines.naive_jax.train": "naive JAX",
     "baselines.torch_eager.train": "PyTorch",
@@ -48,7 +47,7 @@ class Measured:
 
 def quiet_rounds(measured: Mapping[str, Measured]) -> list[int]:
     """The rounds in which no contestant was disturbed; all rounds if these are too few to tell anything."""
-    rounds = range(len(measured[OWN].seconds))
+    rounds = range(len(measured[CEILING].seconds))
     quiet = [i for i in rounds if all((m.foreign_cores[i] or 0.0) <= QUIET for m in measured.values())]
     return quiet if len(quiet) >= FEWEST else list(rounds)
 
@@ -134,8 +133,9 @@ def _caption(models: Sequence[Mapping[str, Any]], *, of_peak: bool) -> str:
         reached = ", ".join(f"{m['matmul']['flops_per_second'] / 1e9:,.0f}" for m in models)
         parts.append(f"large products alone: {reached} GFLOP/s")
     for model in models:
-        own, name = model["contestants"][LABELS[OWN]]["rounds"], model["workload"]["name"]
-        counted, all_rounds = len(model["counted_rounds"]), len(own["seconds"])
-        busiest = max((own["foreign_cores"][i] or 0.0 for i in model["counted_rounds"]), default=0.0)
-        parts.append(f"{name}: {counted} of {all_rounds} rounds, others on at most {busiest:.1f} cores")
+        counted, foreign = model["counted_rounds"], model["matmul"]["rounds"]["foreign_cores"]
+        parts.append(f"{model['workload']['name']}: {len(counted)} of {len(foreign)} rounds")
+        contestants = model["contestants"].values()
+        busiest = max(c["rounds"]["foreign_cores"][i] or 0.0 for c in contestants for i in counted)
+        parts[-1] += f", others on at most {busiest:.1f} cores"
     return "; ".join(parts)

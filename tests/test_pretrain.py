@@ -68,7 +68,7 @@ def wait_for_lines(log: Path, lines: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_interrupted_and_run_again_writes_the_same_metrics(
+def test_interrupted_and_run_again_writes_the_same_metrics_and_compiles_nothing_once_begun(
     number: signal.Signals, straight: Path, text: Path, tmp_path: Path
 ) -> None:
     process = start(tmp_path, text)
@@ -81,10 +81,13 @@ def test_interrupted_and_run_again_writes_the_same_metrics(
         assert "To go on: " in finish(process, 75)
         assert 47 <= len((run / "metrics.jsonl").read_text().splitlines()) < 300
     until_then = (run / "timing.jsonl").read_text().splitlines()[:20]
-    finish(start(tmp_path, text))
+    output = finish(start(tmp_path, text, JAX_LOG_COMPILES="1"))
     assert (run / "timing.jsonl").read_text().splitlines()[:20] == until_then  # it went on, and didn't begin anew
     for name in ("metrics.jsonl", "results.json"):
         assert (run / name).read_text() == (straight / name).read_text()
+    begun, ended = output.index(" tok/s "), output.index("300/300")
+    assert "Compiling" in output[:begun]
+    assert "Compiling" not in output[begun:ended]
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(straight: Path, text: Path, tmp_path: Path) -> None:
@@ -109,17 +112,6 @@ def test_the_metrics_have_a_line_for_each_step_and_the_loss_falls(straight: Path
     assert [line["step"] for line in lines] == list(range(1, 301))
     assert [line["step"] for line in lines if "heldout" in line] == list(range(1, 301, 20))
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
-
-
-def test_nothing_is_compiled_once_the_run_has_begun_even_when_it_goes_on(text: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, text)
-    wait_for_lines(tmp_path / "runs" / "pretrain" / "metrics.jsonl", 47, process)
-    process.send_signal(signal.SIGTERM)
-    finish(process, 75)
-    output = finish(start(tmp_path, text, JAX_LOG_COMPILES="1"))
-    begun, ended = output.index(" tok/s "), output.index("300/300")
-    assert "Compiling" in output[:begun]
-    assert "Compiling" not in output[begun:ended]
 
 
 def test_a_run_leaves_all_that_it_takes_to_repeat_it(straight: Path, text: Path) -> None:
