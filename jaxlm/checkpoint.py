@@ -3,9 +3,12 @@
 A checkpoint is a folder named after its step. It is written in the background and counts only when complete.
 """
 
+import contextlib
 import errno
 import json
 import os
+import re
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -188,16 +191,16 @@ def _flat(about: Json, prefix: str = "") -> Json:
     return flat
 
 
-class _disk_errors:  # noqa: N801
+@contextlib.contextmanager
+def _disk_errors() -> Generator[None]:
     """Turns Orbax's many ways to say that the disk is full into the one that Python has."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    try:
+        yield
+    except Exception as error:
         text, cause = "", error
         while cause is not None:
             text, cause = f"{text} {cause}", cause.__cause__ or cause.__context__
-        if error is not None and not isinstance(error, OSError) and "No space left" in text:
-            raise OSError(
-                errno.ENOSPC, "the disk is full: the checkpoint was not saved, older ones are intact"
-            ) from error
+        if isinstance(error, OSError) or not re.search("No space left|quota exceeded|File too large", text):
+            raise
+        message = "the disk is full: the checkpoint was not saved, older ones are intact"
+        raise OSError(errno.ENOSPC, message) from error

@@ -19,11 +19,6 @@ class Tokenizer(Protocol):
     def vocab(self) -> int: ...
 
     @property
-    def start(self) -> int:
-        """The id that every document begins with."""
-        ...
-
-    @property
     def end(self) -> int:
         """The id that every document ends with."""
         ...
