@@ -13,6 +13,8 @@ from jaxlm import losses as losses
 from jaxlm import metrics as metrics
 from jaxlm import models as models
 from jaxlm import precision as precision
+from jaxlm import range_test as range_test
+from jaxlm import schedules as schedules
 from jaxlm import sharding as sharding
 from jaxlm import train as train
 from jaxlm import tree as tree

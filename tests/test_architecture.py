@@ -12,16 +12,16 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 LAYERS = [
     ["types", "tree"],
-    ["compiled", "models", "losses", "grads", "precision", "data", "sharding"],
-    ["train", "evaluate", "checkpoint", "metrics", "generate", "report"],
+    ["compiled", "models", "losses", "grads", "precision", "optim", "schedules", "data", "sharding"],
+    ["train", "range_test", "evaluate", "checkpoint", "metrics", "generate", "report"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-WITHIN_A_LAYER = {("generate", "checkpoint"), ("report", "metrics")}
+WITHIN_A_LAYER = {("generate", "checkpoint"), ("report", "metrics"), ("range_test", "train")}
 DOORS = {
     "flax": "jaxlm/models/",
     "orbax": "jaxlm/checkpoint.py",
     "grain": "jaxlm/data/pipeline.py",
-    "matplotlib": "jaxlm/report.py",
+    "matplotlib": ("jaxlm/report.py", "jaxlm/schedules/_plot.py"),
     "rich": "jaxlm/metrics.py",
 }
 BY_EXPERIMENTS_ALONE = {"tyro", "experiments", "tests"}
