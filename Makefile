@@ -9,7 +9,7 @@ ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda12)
 PACKAGES = -r requirements.lock $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check format lint types test test-all smoke bench docs lock
+.PHONY: help setup train check format lint types test test-all smoke oracle bench docs lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,7 +42,7 @@ types: setup ## pyright
 	$(BIN)/pyright
 
 test: setup ## the tests but the slow ones
-	$(BIN)/pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 -m "not slow and not gpu and not oracle" $(ARGS)
 
 test-all: setup ## all tests that this machine can run
 	$(BIN)/pytest -n 2 $(ARGS)
@@ -50,8 +50,13 @@ test-all: setup ## all tests that this machine can run
 smoke: setup ## every experiment and benchmark, two steps each
 	$(BIN)/pytest tests/test_experiments.py -m "" $(ARGS)
 
-bench: setup ## train-step time against baselines, in one run
+oracle: setup ## the optimizers against PyTorch's, which this installs
+	@$(BIN)/uv pip install -q --python $(BIN)/python -e ".[oracle]"
+	$(BIN)/pytest -m oracle $(ARGS)
+
+bench: setup ## train steps and optimizers against baselines, each in one run
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
+	$(BIN)/python benchmarks/optimizers.py $(ARGS)
 
 docs: setup ## the examples in docstrings and the README's program
 	$(BIN)/pytest jaxlm tests/test_readme.py $(ARGS)

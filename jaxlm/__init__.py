@@ -12,6 +12,7 @@ from jaxlm import grads as grads
 from jaxlm import losses as losses
 from jaxlm import metrics as metrics
 from jaxlm import models as models
+from jaxlm import optim as optim
 from jaxlm import precision as precision
 from jaxlm import range_test as range_test
 from jaxlm import schedules as schedules

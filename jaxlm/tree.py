@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 
@@ -18,12 +19,13 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def labels(tree: Any, patterns: Mapping[str, T]) -> Any:
+def labels(tree: Any, patterns: Mapping[str, T], *, unused: bool = False) -> Any:
     """Gives each leaf the value of the first pattern that matches its whole name.
 
     Args:
         tree: any pytree.
         patterns: regular expressions over names as `named_leaves` gives them.
+        unused: let a pattern be without a leaf.
 
     Returns:
         A tree of the same structure, as `optax.partition` and masks take it.
@@ -34,21 +36,30 @@ def labels(tree: Any, patterns: Mapping[str, T]) -> Any:
     >>> labels({"block": {"kernel": 1, "scale": 2}}, {".*/kernel": True, ".*": False})
     {'block': {'kernel': True, 'scale': False}}
     """
-    unused = set(patterns)
+    without_leaf = set(patterns)
 
     def label(path: Any, _: Any) -> T:
         for pattern, value in patterns.items():
             if re.fullmatch(pattern, _name(path)):
-                unused.discard(pattern)
+                without_leaf.discard(pattern)
                 return value
         raise ValueError(f"labels: no pattern matches the leaf {_name(path)!r}; add one, or '.*' at the end")
 
     labelled = jax.tree.map_with_path(label, tree)
-    if unused:
+    if without_leaf and not unused:
         raise ValueError(
-            f"labels: no leaf takes its value from {sorted(unused)}; the leaves are {list(named_leaves(tree))}"
+            f"labels: no leaf takes its value from {sorted(without_leaf)}; the leaves are {list(named_leaves(tree))}"
         )
     return labelled
+
+
+def norm(tree: Any) -> jax.Array:
+    """The L2 norm of all leaves together, in float32 or wider whatever their dtype; 0 of an empty tree.
+
+    Within one compiled program the norms of the same tree are computed once, wherever they are asked for.
+    """
+    leaves = (leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree))
+    return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in leaves), jnp.zeros(())))
 
 
 def size(tree: Any) -> int:
