@@ -93,8 +93,9 @@ def lean(tx: optax.GradientTransformation, codecs: Mapping[str, Codec]) -> optax
         return structure.unflatten([one(x, *leaf) for x, leaf in zip(flat, leaves, strict=True)])
 
     def init(params: Any) -> LeanState:
-        count = jnp.zeros((), jnp.int32)
-        return LeanState(count, encode(tx.init(params), chosen(params)[1], count))
+        # Behind a barrier, lest XLA take a minute to compute what zeros are encoded as while it compiles.
+        state, count = jax.lax.optimization_barrier((tx.init(params), jnp.zeros((), jnp.int32)))
+        return LeanState(count, encode(state, chosen(params)[1], count))
 
     def update(updates: Any, state: LeanState, params: Any = None, **extra: Any) -> tuple[Any, LeanState]:
         structure, leaves = chosen(need(params, "lean"))

@@ -1,5 +1,6 @@
 """SOAP: Adam in the eigenbasis of Shampoo."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -102,27 +103,32 @@ def scale_by_soap(
         correction = debias(d1, age) / jnp.sqrt(debias(d2, age))
         turn = jnp.where(first, 2, (state.count % every == 0).astype(jnp.int32))
 
-        def whole(x: jax.Array) -> jax.Array:
-            return x if basis_sharding is None else jax.lax.with_sharding_constraint(x, basis_sharding)
+        def whole(sides: Sides) -> Sides:
+            if basis_sharding is None:
+                return sides
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, basis_sharding), sides)
 
         def tensor(
             grad: jax.Array, mu: jax.Array, nu: jax.Array, gram: Sides, basis: Sides
-        ) -> tuple[jax.Array, jax.Array, jax.Array, Sides, Sides]:
+        ) -> tuple[jax.Array, jax.Array, jax.Array, Sides]:
             grad = bounded(grad, mu.dtype)
             new_mu = average(mu, grad, d1)
             new_nu = average(nu, jnp.square(_rotate(grad, basis)), d2)
             adam = correction * _rotate(new_mu, basis) / (jnp.sqrt(new_nu) + eps)
             direction = jnp.where(first, 0, _rotate(adam, basis, back=True))
-            mu, nu = jnp.where(first, mu, new_mu), jnp.where(first, nu, new_nu)
-            gram = tuple(None if a is None else whole(average(a, _gram(grad, axis), d3)) for axis, a in enumerate(gram))
-            orders, basis = jax.lax.switch(turn, [_keep, _iterate, _decompose], gram, basis)
-            for axis, order in enumerate(orders):
-                nu = nu if order is None else jnp.take(nu, order, axis)
-            return direction, mu, nu, gram, tuple(None if q is None else whole(q) for q in basis)
+            gram = tuple(None if a is None else average(a, _gram(grad, axis), d3) for axis, a in enumerate(gram))
+            return direction, jnp.where(first, mu, new_mu), jnp.where(first, nu, new_nu), gram
 
-        def leaf(*args: Any) -> tuple[Any, ...]:
-            *arrays, split = args
-            return layerwise(tensor, split)(*arrays)
+        def leaf(
+            grad: jax.Array, mu: jax.Array, nu: jax.Array, gram: Sides, basis: Sides, split: bool
+        ) -> tuple[jax.Array, jax.Array, jax.Array, Sides, Sides]:
+            direction, mu, nu, gram = layerwise(tensor, split)(grad, mu, nu, gram, basis)
+            if all(q is None for q in basis):
+                return direction, mu, nu, gram, basis
+            gram = whole(gram)
+            turns = [layerwise(_keep, split), _one_by_one(_iterate, split), _one_by_one(_decompose, split)]
+            orders, basis = jax.lax.switch(turn, turns, gram, basis)
+            return direction, mu, layerwise(_reorder, split)(nu, orders), gram, whole(basis)
 
         split = flags(stacked, updates if params is None else params, default=False)
         updates, *rest = map_leaves(leaf, 5, updates, state.mu, state.nu, state.gram, state.basis, split)
@@ -164,6 +170,17 @@ def _rotate(x: jax.Array, basis: Sides, *, back: bool = False) -> jax.Array:
 def _gram(x: jax.Array, axis: int) -> jax.Array:
     others = [i for i in range(x.ndim) if i != axis]
     return _product(x, x, (others, others))
+
+
+def _reorder(nu: jax.Array, orders: Sides) -> jax.Array:
+    for axis, order in enumerate(orders):
+        nu = nu if order is None else jnp.take(nu, order, axis)
+    return nu
+
+
+def _one_by_one(function: Callable[..., Any], split: bool) -> Callable[..., Any]:
+    """Layer after layer: XLA:CPU's decompositions of many matrices at once may wait for each other for ever."""
+    return (lambda *sides: jax.lax.map(lambda one: function(*one), sides)) if split else function
 
 
 def _keep(gram: Sides, basis: Sides) -> tuple[Sides, Sides]:
