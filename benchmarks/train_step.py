@@ -8,11 +8,9 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import random
 import shlex
 import subprocess
@@ -22,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
 from rich.console import Console
 from summary import CEILING, LABELS, Measured, numbers, table
 from workloads import CHECKED_STEPS, ON_CPU, ON_GPU, SMOKE, Workload
@@ -29,8 +28,6 @@ from workloads import CHECKED_STEPS, ON_CPU, ON_GPU, SMOKE, Workload
 HERE = Path(__file__).parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-# Transparent huge pages for what malloc hands out: XLA's CPU client asks for its temporary memory anew each step.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class ContestantError(Exception):
@@ -64,11 +61,11 @@ class Contestant:
 
     def measured_turn(self) -> None:
         """Takes one round's steps and keeps what was measured."""
-        busy, measured = _busy_seconds(), self.measured
+        busy, measured = machine.busy_seconds(), self.measured
         answer = self.turn(measured.steps)
         measured.seconds.append(answer["seconds"])
         measured.cpu_seconds.append(answer["cpu_seconds"])
-        others = _busy_seconds() - busy - answer["cpu_seconds"]
+        others = machine.busy_seconds() - busy - answer["cpu_seconds"]
         measured.foreign_cores.append(max(0.0, others / answer["seconds"]) if busy else None)
 
     def end(self) -> None:
@@ -137,16 +134,6 @@ def check(name: str, measured: dict[str, Measured], tolerance: float) -> None:
                 )
 
 
-def _busy_seconds() -> float:
-    """What all processes together have used of all cores; 0 where the system doesn't tell."""
-    try:
-        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
-        return 0.0
-    user, nice, system, _, _, irq, softirq, steal = map(int, ticks[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
 def _command(what: str) -> list[str]:
     return [sys.executable, str(HERE / "contestant.py"), what]
 
@@ -156,26 +143,9 @@ def _weights(folder: Path, workload: Workload) -> Path:
 
 
 def _environment(*, huge_pages: bool) -> dict[str, str]:
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".9", **os.environ}
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".9", **machine.environment(huge_pages=huge_pages)}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment.pop("GLIBC_TUNABLES", None)
-    return environment | HUGE_PAGES if huge_pages else environment
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+    return environment
 
 
 def _options() -> argparse.Namespace:
@@ -196,7 +166,7 @@ def main() -> None:
         options.rounds, options.seconds, environment["JAX_PLATFORMS"] = 1, 0.0, "cpu"
     told = json.loads(subprocess.run(_command("device"), env=environment, check=True, stdout=subprocess.PIPE).stdout)
     on_cpu = told["platform"] == "cpu"
-    device = _processor() if on_cpu else told["device"]
+    device = machine.processor() if on_cpu else told["device"]
     models = {model.name: model for model in ((SMOKE,) if options.smoke else ON_CPU if on_cpu else ON_GPU)}
     if unknown := set(options.models or ()) - set(models):
         sys.exit(f"--models: no {sorted(unknown)} here; use some of {list(models)}")
@@ -212,8 +182,7 @@ def main() -> None:
     (console if console.is_terminal else Console(width=140)).print(table(results, device))
     if options.smoke and not options.out:
         return
-    name = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    out: Path = options.out or HERE / "results" / f"train_step-{name}.json"
+    out: Path = options.out or HERE / "results" / f"train_step-{machine.file_name(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": shlex.join(["python", *sys.argv]),
@@ -221,8 +190,8 @@ def main() -> None:
         "device": device,
         "platform": told["platform"],
         "cores": os.cpu_count(),
-        "versions": _versions(),
-        "malloc": None if options.no_huge_pages else HUGE_PAGES["GLIBC_TUNABLES"],
+        "versions": machine.versions(PACKAGES),
+        "malloc": None if options.no_huge_pages else machine.HUGE_PAGES["GLIBC_TUNABLES"],
         "models": results,
     }
     out.write_text(json.dumps(record, indent=1) + "\n")

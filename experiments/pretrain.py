@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import tyro
 
-from jaxlm import checkpoint, data, generate, grads, losses, metrics, models, precision, report, sharding, train, tree
+from jaxlm import checkpoint, data, grads, losses, metrics, models, optim, precision, schedules, sharding, train, tree
 from jaxlm.compiled import compile_for
 from jaxlm.evaluate import evaluate, make_eval
+from jaxlm.generate import complete
+from jaxlm.report import write_report
 
 CACHE = Path(os.environ.get("JAXLM_CACHE", "~/.cache/jaxlm")).expanduser()
 GLANCE = 16  # held-out batches evaluated during the run; at its end, all
@@ -88,17 +89,16 @@ def main(config: Config) -> None:
     by_rows = sharding.by_rows(mesh)
     loss_fn = precision.compute_in(jnp.float32 if cpu else jnp.bfloat16, losses.next_token(apply))
     grad_fn = grads.accumulate(jax.value_and_grad(loss_fn, has_aux=True), config.microbatches or (2 if cpu else 1))
-    schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, config.steps // 20, config.steps)
+    warmup = config.steps // 20
+    schedule = schedules.warmup(schedules.cosine(config.learning_rate, 0.0, config.steps - warmup), warmup)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    matrices = {"blocks/.*/kernel": optax.contrib.MuonDimensionNumbers(1, 2), ".*": None}  # for all else, AdamW
-    muon = optax.contrib.muon(
+    muon = optim.muon(
         schedule,
+        matrices=optim.by_name({"blocks/.*/kernel": True, ".*": False}),
+        stacked=optim.by_name({"blocks/.*": True, ".*": False}),
         weight_decay=0.1,
-        adam_b2=0.95,
-        consistent_rms=0.2,  # so that both take the same learning rate
-        muon_weight_dimension_numbers=tree.labels(jax.eval_shape(init, init_key), matrices),
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon)
+    optimizer = optax.chain(optim.clip_by_global_norm(1.0), muon)
     state = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=sharding.replicated(mesh))()
     begun = time.perf_counter()
     step = train.make_step(grads.data_parallel(grad_fn, mesh), optimizer, step_key)
@@ -140,10 +140,10 @@ def main(config: Config) -> None:
     results = {
         "held-out bits per byte": f"{bits_per_byte(state.params, len(eval_batches)):.3f}",
         "xz -9 on the same bytes": f"{8 * len(lzma.compress(text, preset=9)) / len(text):.3f}",
-        "sample": generate.complete(shape, state.params, tokenizer, "def ", length=config.row_lengths[-1] - 5),
+        "sample": complete(shape, state.params, tokenizer, "def ", length=config.row_lengths[-1] - 5),
     }
     print(*(f"{name}: {result}\n" for name, result in results.items()), sep="\n")
-    print(f"Look at {report.write_report(folder, results)}")
+    print(f"Look at {write_report(folder, results)}")
 
 
 if __name__ == "__main__":

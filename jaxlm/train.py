@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm import tree
 from jaxlm.compiled import Compiled, compile_for
 from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 
@@ -43,7 +44,7 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=means["loss"])
         params = optax.apply_updates(state.params, updates)
-        metrics = {**means, "grad_norm": optax.tree.norm(grads), "weight": aux.weight_sum}
+        metrics = {**means, "grad_norm": tree.norm(grads), "weight": aux.weight_sum}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

@@ -67,5 +67,10 @@ def size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def nbytes(tree: Any) -> int:
+    """The bytes that all leaves take; also of a tree of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxlm.tree import labels, named_leaves, size
+from jaxlm.tree import labels, named_leaves, nbytes, norm, size
 
 
 class Pair(NamedTuple):
@@ -63,3 +63,15 @@ def test_labels_are_what_optax_takes():
 def test_size_counts_elements(shapes: bool):
     tree = {"a": jnp.ones((2, 3)), "b": [jnp.ones(()), jnp.ones((0, 4))]}
     assert size(jax.eval_shape(lambda: tree) if shapes else tree) == 7
+
+
+def test_nbytes_and_norm_are_those_of_all_leaves_and_the_norm_is_float32():
+    tree = {"a": jnp.full((300, 300), 1.0, jnp.bfloat16), "b": jnp.array(4.0)}
+    assert nbytes(tree) == nbytes(jax.eval_shape(lambda: tree)) == 300 * 300 * 2 + 4
+    assert norm(tree).dtype == jnp.float32
+    assert float(norm(tree)) == pytest.approx((300 * 300 + 16) ** 0.5, rel=1e-6)
+    assert norm({}) == 0
+
+
+def test_patterns_may_be_without_a_leaf_only_where_that_is_said():
+    assert labels({"a": 1}, {"a": True, "b": False}, unused=True) == {"a": True}

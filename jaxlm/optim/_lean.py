@@ -109,7 +109,7 @@ def lean(tx: optax.GradientTransformation, codecs: Mapping[str, Codec]) -> optax
 
 
 bfloat16: Final = Codec(lambda x, _: x.astype(jnp.bfloat16), lambda x: x.astype(jnp.float32))
-"""Rounded to the nearest: an average with decay 0.99 stops 16 % short of a constant."""
+"""Rounded to the nearest: an average with decay 0.99 stops a fifth short of a constant."""
 
 
 def _stochastic(x: jax.Array, bits: Callable[[], jax.Array]) -> jax.Array:
