@@ -50,7 +50,6 @@ OPTIMIZERS: dict[str, tuple[float, Make]] = {  # the lowest of four learning rat
 @dataclasses.dataclass(frozen=True)
 class Config:
     only: tuple[str, ...] = tuple(OPTIMIZERS)
-    """Which optimizers."""
     layers: int = 4
     width: int = 128
     row_length: int = 256
@@ -73,10 +72,8 @@ def main(config: Config) -> None:
     layout = [config.row_length], config.tokens_per_batch, 0
     batches = data.Batches(corpus, data.bucket(corpus.lengths, *layout), count=config.steps)
     evaluated = data.Batches(heldout, data.bucket(heldout.lengths, *layout), count=2 if config.smoke else 64)
-    shape = models.TransformerConfig(
-        vocab=corpus.vocab, layers=config.layers, width=config.width, heads=2, qk_norm=True
-    )
-    init, apply = models.transformer(shape, unroll=True)
+    sizes: dict[str, Any] = {"layers": config.layers, "width": config.width, "heads": 2}
+    init, apply = models.transformer(models.TransformerConfig(vocab=corpus.vocab, qk_norm=True, **sizes), unroll=True)
     loss_fn = losses.next_token(apply)
     grad_fn, eval_fn = jax.value_and_grad(loss_fn, has_aux=True), jax.jit(make_eval(loss_fn))
 
@@ -92,7 +89,7 @@ def main(config: Config) -> None:
         def start(rate: Any, seed: Any) -> train.TrainState:
             return train.start(init(jax.random.key(seed)), optimizer(rate))
 
-        def step(rate: Any, state: train.TrainState, batch: Any) -> tuple[train.TrainState, Any]:
+        def step(rate: Any, state: Any, batch: Any) -> Any:
             return train.make_step(grad_fn, optimizer(rate), jax.random.key(0))(state, batch)
 
         # All count alike; with one count for all, what is done every few steps isn't computed in each.
@@ -126,7 +123,7 @@ def main(config: Config) -> None:
 
 
 def best_of(found: dict[str, Any]) -> tuple[float, int, float, float]:
-    """The mean over seeds at the best learning rate, which that is, the standard deviation, and the rate."""
+    """At the best learning rate: the mean over seeds, which rate it is, the standard deviation, the rate."""
     bits = np.array(found["bits_per_byte"])
     best = int(np.argmin(bits.mean(1)))
     return bits[best].mean(), best, bits[best].std(ddof=1), found["learning_rates"][best]
@@ -142,11 +139,9 @@ def draw(optimizers: dict[str, Any], path: Path) -> None:
         each = np.array(found["bits_per_byte"])
         left.errorbar(found["learning_rates"], each.mean(1), each.std(1, ddof=1), marker="o", markersize=3, **style)
         right.plot(report.smooth([loss / math.log(2) for loss in found["losses"][best]], 10), **style)
-    left.set(xscale="log", xlabel="highest learning rate", title="Held-out bits per byte")
-    right.set(xlabel="step", title="Training loss, bits per token, at the best learning rate")
     low = min(best_of(found)[0] for found in optimizers.values())
-    left.set_ylim(low - 0.05, low + 1)
-    right.set_ylim(low - 0.2, low + 3)
+    left.set(xscale="log", xlabel="highest learning rate", title="Held-out bits per byte", ylim=(low - 0.05, low + 1))
+    right.set(xlabel="step", title="Training loss at the best rate, bits per token", ylim=(low - 0.2, low + 3))
     right.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -1,4 +1,4 @@
-"""A run as one page to look at: the only module that draws. It needs matplotlib, from the extra `experiments`."""
+"""A run as one page to look at. It needs matplotlib, from the extra `experiments`."""
 
 import html
 import io

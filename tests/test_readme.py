@@ -1,20 +1,34 @@
-"""The README's program runs as it is printed."""
+"""The programs in README and docs run as they are printed."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+
+
+def run(page: str, capsys: pytest.CaptureFixture[str], **instead: str) -> list[list[str]]:
+    """What the page's first program prints, in words."""
+    program = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)[0]
+    assert len(program.strip().splitlines()) <= 32
+    for printed, value in instead.items():
+        assert printed in program
+        program = program.replace(printed, value)
+    exec(compile(program, page, "exec"), {})
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_first_program_runs_and_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
-    assert len(program.strip().splitlines()) <= 22
     monkeypatch.chdir(tmp_path)
-    exec(compile(program.replace("count=100", "count=21"), README.name, "exec"), {})
-    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    losses = [float(line[1]) for line in run("README.md", capsys, **{"count=100": "count=21"})]
     assert len(losses) == 3
     assert losses[-1] < losses[0] - 1
+
+
+def test_a_chain_of_our_parts_and_optax_s_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = [float(line[1]) for line in run("docs/optimizers.md", capsys)]
+    assert len(losses) == 95
+    assert losses[-1] < 0.1 * losses[0]
