@@ -59,7 +59,8 @@ def norm(tree: Any) -> jax.Array:
     Within one compiled program the norms of the same tree are computed once, wherever they are asked for.
     """
     leaves = (leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree))
-    return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in leaves), jnp.zeros(())))
+    square = sum((jnp.sum(jnp.square(leaf)) for leaf in leaves), jnp.zeros(()))
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))  # with a derivative of 0 at 0
 
 
 def size(tree: Any) -> int:

@@ -2,6 +2,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -71,6 +72,7 @@ def test_nbytes_and_norm_are_those_of_all_leaves_and_the_norm_is_float32():
     assert norm(tree).dtype == jnp.float32
     assert float(norm(tree)) == pytest.approx((300 * 300 + 16) ** 0.5, rel=1e-6)
     assert norm({}) == 0
+    np.testing.assert_array_equal(jax.grad(lambda x: norm({"a": x}))(jnp.zeros(3)), np.zeros(3))
 
 
 def test_patterns_may_be_without_a_leaf_only_where_that_is_said():

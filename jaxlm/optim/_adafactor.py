@@ -15,7 +15,7 @@ from jaxlm.optim._leaves import (
     average,
     bounded,
     check_range,
-    flags,
+    layers,
     layerwise,
     map_leaves,
     need,
@@ -97,7 +97,7 @@ def scale_by_adafactor(
                 return (wide_zeros(param),)
             return (Factored(*(zeros_without(param, axis + split) for axis in axes)),)
 
-        (nu,) = map_leaves(second_moment, 1, params, flags(stacked, params, default=False))
+        (nu,) = map_leaves(second_moment, 1, params, layers(stacked, params))
         return AdafactorState(jnp.zeros((), jnp.int32), None if momentum is None else wide_zeros(params), nu)
 
     def update(updates: Any, state: AdafactorState, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -139,7 +139,7 @@ def scale_by_adafactor(
         def leaf(grad: jax.Array, nu: Any, param: jax.Array, split: bool) -> tuple[jax.Array, Any]:
             return layerwise(tensor, split)(grad, nu, param)
 
-        split = flags(stacked, params, default=False)
+        split = layers(stacked, params)
         updates, nu = map_leaves(leaf, 2, updates, state.nu, params, split)
         mu = None
         if momentum is not None:

@@ -65,7 +65,7 @@ def scale_by_adam(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: float = 1e-8) -> op
 
         def leaf(grad: jax.Array, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, ...]:
             mu, nu = moments(grad, mu, nu, d1, d2)
-            return scale1 * mu / (jnp.sqrt(scale2 * nu) + eps), mu, nu
+            return (scale1 * mu / (jnp.sqrt(scale2 * nu) + eps)).astype(mu.dtype), mu, nu
 
         updates, mu, nu = map_leaves(leaf, 3, updates, state.mu, state.nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)

@@ -101,7 +101,7 @@ def weight_ema(decay: Any) -> optax.GradientTransformationExtraArgs:
         count = next_count(state.count)
         age = count.astype(jnp.result_type(float))
         share = 1 - jnp.minimum(at(decay, state.count), (1 + age) / (10 + age))
-        weights = jax.tree.map(lambda w, p: w + share * (p.astype(w.dtype) - w), state.weights, moved)
+        weights = jax.tree.map(lambda w, p: (w + share * (p.astype(w.dtype) - w)).astype(w.dtype), state.weights, moved)
         return updates, WeightEmaState(count, weights)
 
     return transformation(init, update)
@@ -115,9 +115,13 @@ def averaged_weights(opt_state: Any, params: Any) -> Any:
         params: the parameters, for their dtypes.
 
     Raises:
-        KeyError: there is none.
+        ValueError: there is none, or more than one.
     """
-    weights = optax.tree.get(opt_state, "weights")
-    if weights is None:
-        raise KeyError("averaged_weights: the optimizer has no weight_ema; put one at the end of its chain")
-    return jax.tree.map(lambda w, p: w.astype(p.dtype), weights, params)
+
+    def is_ema(x: Any) -> bool:
+        return isinstance(x, WeightEmaState)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ema) if is_ema(x)]
+    if len(found) != 1:
+        raise ValueError(f"averaged_weights: the optimizer has {len(found)} weight_ema; it must have one, as its last")
+    return jax.tree.map(lambda w, p: w.astype(p.dtype), found[0].weights, params)

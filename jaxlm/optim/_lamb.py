@@ -14,6 +14,7 @@ from jaxlm.optim._leaves import (
     check_range,
     debias,
     flags,
+    layers,
     layerwise,
     map_leaves,
     need,
@@ -71,7 +72,7 @@ def scale_by_lamb(
             grad: jax.Array, mu: jax.Array, nu: jax.Array, param: jax.Array, decays: bool, adapts: bool, split: bool
         ) -> tuple[jax.Array, ...]:
             def direction(mu: jax.Array, nu: jax.Array, param: jax.Array) -> jax.Array:
-                adam = scale1 * mu / (jnp.sqrt(scale2 * nu) + eps)
+                adam = (scale1 * mu / (jnp.sqrt(scale2 * nu) + eps)).astype(mu.dtype)
                 return adam + weight_decay * param.astype(adam.dtype) if decays else adam
 
             def adapted(mu: jax.Array, nu: jax.Array, param: jax.Array) -> jax.Array:
@@ -84,10 +85,7 @@ def scale_by_lamb(
             mu, nu = moments(grad, mu, nu, d1, d2)
             return (layerwise(adapted, split) if adapts else direction)(mu, nu, param), mu, nu
 
-        masks = (
-            flags(mask, params, default=default)
-            for mask, default in ((decay_mask, True), (adapt_mask, True), (stacked, False))
-        )
+        masks = *(flags(mask, params, default=True) for mask in (decay_mask, adapt_mask)), layers(stacked, params)
         updates, mu, nu = map_leaves(leaf, 3, updates, state.mu, state.nu, params, *masks)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 

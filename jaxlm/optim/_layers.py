@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.optim._leaves import Mask, flags, transformation
+from jaxlm.optim._leaves import Mask, layers, transformation
 
 
 def per_layer(tx: optax.GradientTransformation, stacked: Mask) -> optax.GradientTransformationExtraArgs:
@@ -28,21 +28,21 @@ def per_layer(tx: optax.GradientTransformation, stacked: Mask) -> optax.Gradient
     tx = optax.with_extra_args_support(tx)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        split = flags(stacked, updates if params is None else params, default=False)
-        layers = None if params is None else _apart(params, split)
-        updates, state = tx.update(_apart(updates, split), state, layers, **extra)
+        split = layers(stacked, updates if params is None else params)
+        apart = None if params is None else _apart(params, split)
+        updates, state = tx.update(_apart(updates, split), state, apart, **extra)
         return jax.tree.map(lambda s, x: jnp.stack(x) if s else x, split, updates), state
 
     def init(params: Any) -> Any:
-        return tx.init(_apart(params, flags(stacked, params, default=False)))
+        return tx.init(_apart(params, layers(stacked, params)))
 
     return transformation(init, update)
 
 
 def _apart(tree: Any, split: Any) -> Any:
-    def layers(x: Any) -> tuple[Any, ...]:
+    def each(x: Any) -> tuple[Any, ...]:
         if isinstance(x, jax.ShapeDtypeStruct):
             return (jax.ShapeDtypeStruct(x.shape[1:], x.dtype),) * x.shape[0]
         return tuple(x[i] for i in range(x.shape[0]))
 
-    return jax.tree.map(lambda s, x: layers(x) if s else x, split, tree)
+    return jax.tree.map(lambda s, x: each(x) if s else x, split, tree)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlm import tree
@@ -44,7 +45,27 @@ def by_name(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
 def flags(mask: Mask, params: Any, *, default: bool) -> Any:
     """The mask as a tree of bools, one for each leaf of `params`; None stands for the default everywhere."""
     mask = default if mask is None else mask(params) if callable(mask) else mask
-    return jax.tree.map(lambda flag, part: jax.tree.map(lambda _: bool(flag), part), mask, params)
+
+    def flag(value: Any, part: Any) -> Any:
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"a mask holds {value!r}; use True or False, one for each leaf or for a whole branch")
+        return jax.tree.map(lambda _: bool(value), part)
+
+    return jax.tree.map(flag, mask, params)
+
+
+def layers(stacked: Mask, params: Any) -> Any:
+    """The mask of stacked leaves as a tree of bools.
+
+    Raises:
+        ValueError: a stacked leaf without an axis.
+    """
+    split = flags(stacked, params, default=False)
+    leaves = tree.named_leaves(params)
+    for name, is_stacked in tree.named_leaves(split).items():
+        if is_stacked and not leaves[name].shape:
+            raise ValueError(f"`stacked` marks {name!r}, a scalar; mark leaves whose first axis is that of layers")
+    return split
 
 
 def map_leaves(function: Callable[..., tuple[Any, ...]], outputs: int, first: Any, *others: Any) -> tuple[Any, ...]:
@@ -99,7 +120,7 @@ def at(value: Scalar, count: Any) -> Any:
 
 def average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     """One step of an exponential moving average. `1 - decay` is taken in double precision if that is a Python float."""
-    return decay * old + (1 - decay) * new
+    return (decay * old + (1 - decay) * new).astype(old.dtype)
 
 
 def debias(decay: Any, count: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from jaxlm.optim._leaves import (
     Scalar,
     at,
     average,
+    bounded,
     check_range,
     map_leaves,
     next_count,
@@ -51,9 +52,9 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> optax.GradientTransfor
         d1, d2 = at(b1, state.count), at(b2, state.count)
 
         def leaf(grad: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
-            grad = grad.astype(mu.dtype)
+            grad = bounded(grad, mu.dtype)
             mu = average(mu, grad, d2)
-            return jnp.sign(d1 * mu + (d2 - d1) * grad), mu
+            return jnp.sign(d1 * mu + (d2 - d1) * grad).astype(mu.dtype), mu
 
         updates, mu = map_leaves(leaf, 2, updates, state.mu)
         return updates, optax.ScaleByLionState(next_count(state.count), mu)

@@ -17,8 +17,10 @@ from jaxlm.optim._leaves import (
     Scalar,
     at,
     average,
+    bounded,
     check_range,
     flags,
+    layers,
     map_leaves,
     next_count,
     transformation,
@@ -80,6 +82,8 @@ def polar_express(steps: int = 5, *, dtype: Any = jnp.bfloat16, eps: float = 1e-
 
     All but the last divide by 1.01 first, lest rounding to bfloat16 leave singular values that grow.
     """
+    if steps < 1:
+        raise ValueError(f"polar_express: {steps} steps; use 1 or more")
     table = [*POLAR_EXPRESS[:steps], *POLAR_EXPRESS[-1:] * (steps - len(POLAR_EXPRESS))]
     safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in table[:-1]]
     return Orthogonalize((*safe, *table[-1:]), dtype, eps)
@@ -143,14 +147,13 @@ def scale_by_muon(
     orthogonalize = newton_schulz() if orthogonalize is None else orthogonalize
 
     def init(params: Any) -> MuonState:
-        split = flags(stacked, params, default=False)
-        layers = tree.named_leaves(split)
+        split = tree.named_leaves(layers(stacked, params))
         for name, leaf in tree.named_leaves(params).items():
-            if len(leaf.shape) != 2 + layers[name]:
+            if len(leaf.shape) != 2 + split[name]:
                 raise ValueError(
                     f"scale_by_muon: the leaf {name!r} has shape {leaf.shape}, so isn't "
-                    f"{'a stack of matrices' if layers[name] else 'a matrix'}; give it to AdamW (`matrices` of `muon`)"
-                    f"{'' if layers[name] else ', or mark it in `stacked` if its first axis is that of layers'}"
+                    f"{'a stack of matrices' if split[name] else 'a matrix'}; give it to AdamW (`matrices` of `muon`)"
+                    f"{'' if split[name] else ', or mark it in `stacked` if its first axis is that of layers'}"
                 )
         nu = None if variance_b2 is None else jax.tree.map(lambda p: zeros_without(p, -2), params)
         return MuonState(jnp.zeros((), jnp.int32), wide_zeros(params), nu)
@@ -160,9 +163,9 @@ def scale_by_muon(
         decay = at(momentum, state.count)
 
         def leaf(grad: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
-            grad = grad.astype(mu.dtype)
-            mu = decay * mu + grad
-            return (grad + decay * mu if nesterov else mu), mu
+            grad = bounded(grad, mu.dtype)
+            mu = (decay * mu + grad).astype(mu.dtype)
+            return ((grad + decay * mu).astype(mu.dtype) if nesterov else mu), mu
 
         directions, mu = map_leaves(leaf, 2, updates, state.mu)
         directions = _in_banks(lambda bank: _laid_out(orthogonalize, bank, bank_sharding), directions)

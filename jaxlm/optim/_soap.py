@@ -16,7 +16,7 @@ from jaxlm.optim._leaves import (
     bounded,
     check_range,
     debias,
-    flags,
+    layers,
     layerwise,
     map_leaves,
     next_count,
@@ -86,13 +86,13 @@ def scale_by_soap(
 
     def init(params: Any) -> SoapState:
         def sides(param: Any, split: bool) -> tuple[Sides, Sides]:
-            layers, shape = param.shape[:split], param.shape[split:]
+            stack, shape = param.shape[:split], param.shape[split:]
             dtype = jnp.promote_types(param.dtype, jnp.float32)
             eyes = [jnp.eye(n, dtype=dtype) if len(shape) > 1 and n <= largest else None for n in shape]
-            basis = tuple(None if eye is None else jnp.broadcast_to(eye, (*layers, *eye.shape)) for eye in eyes)
+            basis = tuple(None if eye is None else jnp.broadcast_to(eye, (*stack, *eye.shape)) for eye in eyes)
             return tuple(None if q is None else jnp.zeros_like(q) for q in basis), basis
 
-        gram, basis = map_leaves(sides, 2, params, flags(stacked, params, default=False))
+        gram, basis = map_leaves(sides, 2, params, layers(stacked, params))
         return SoapState(jnp.zeros((), jnp.int32), wide_zeros(params), wide_zeros(params), gram, basis)
 
     def update(updates: Any, state: SoapState, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -115,7 +115,7 @@ def scale_by_soap(
             new_mu = average(mu, grad, d1)
             new_nu = average(nu, jnp.square(_rotate(grad, basis)), d2)
             adam = correction * _rotate(new_mu, basis) / (jnp.sqrt(new_nu) + eps)
-            direction = jnp.where(first, 0, _rotate(adam, basis, back=True))
+            direction = jnp.where(first, 0, _rotate(adam.astype(mu.dtype), basis, back=True))
             gram = tuple(None if a is None else average(a, _gram(grad, axis), d3) for axis, a in enumerate(gram))
             return direction, jnp.where(first, mu, new_mu), jnp.where(first, nu, new_nu), gram
 
@@ -130,7 +130,7 @@ def scale_by_soap(
             orders, basis = jax.lax.switch(turn, turns, gram, basis)
             return direction, mu, layerwise(_reorder, split)(nu, orders), gram, whole(basis)
 
-        split = flags(stacked, updates if params is None else params, default=False)
+        split = layers(stacked, updates if params is None else params)
         updates, *rest = map_leaves(leaf, 5, updates, state.mu, state.nu, state.gram, state.basis, split)
         return updates, SoapState(next_count(state.count), *rest)
 

@@ -115,6 +115,17 @@ def test_state_keeps_its_structure_and_dtypes(name: str, dtype: Any):
         assert floats == {jnp.dtype(jnp.float32)}
 
 
+@all_but("per_layer")  # optax's own
+def test_state_keeps_its_dtypes_also_where_float64_is_on(name: str):
+    with jax.enable_x64(True):
+        tx = optimizers()[name]
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES, is_leaf=is_shape)
+        before = jax.eval_shape(tx.init, shapes)
+        updates, after = jax.eval_shape(tx.update, shapes, before, shapes)
+    assert jax.tree.map(layout, before) == jax.tree.map(layout, after)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+
+
 @all_but("per_layer")  # optax's own LAMB computes in the parameters' dtype
 def test_half_precision_parameters_get_the_updates_of_float32_ones(name: str):
     """So neither state nor hyperparameters are rounded to the parameters' precision."""
@@ -164,7 +175,9 @@ def test_trees_may_be_empty(empty: Any):
         optim.adafactor(momentum=0.9),
         optim.muon(1e-2, True),
         optim.soap(1e-2),
-        optim.lean(optim.lion(1e-2), {}),
+        optim.lion_int8(1e-2),
+        optim.adamw_int8(1e-2),
+        optim.adafactor_bf16(1e-2),
         optim.per_layer(optax.lamb(1e-2), False),
         optim.skip_nonfinite(optax.chain(optim.clip_by_global_norm(1.0), optim.weight_ema(0.9))),
     ):

@@ -84,7 +84,7 @@ def test_weights_are_averaged_in_float32():
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(state[1].weights["a"], average, rtol=1e-6)
     assert not np.allclose(average, weights, rtol=0.1)
-    with pytest.raises(KeyError, match="weight_ema"):
+    with pytest.raises(ValueError, match="has 0 weight_ema"):
         optim.averaged_weights(optax.sgd(0.1).init(params), params)
 
 
@@ -127,6 +127,9 @@ def test_per_layer_keeps_what_looks_at_the_whole_tree_whole():
         (lambda: optim.scale_by_muon().init(PARAMS), r"the leaf 'b' has shape \(5,\), so isn't a matrix.*AdamW"),
         (lambda: optim.scale_by_muon(stacked=True).init({"a": PARAMS["a"]}), "'a'.*isn't a stack of matrices"),
         (lambda: optim.lean(optim.lion(1e-3), {".*nu.*": optim.int8}).init(PARAMS), "no state leaf matches"),
+        (lambda: optim.muon(1e-3, {"a": "muon", "b": "adamw"}).init(PARAMS), "a mask holds 'muon'; use True or False"),
+        (lambda: optim.adafactor(stacked=True).init({"gain": jnp.ones(())}), "`stacked` marks 'gain', a scalar"),
+        (lambda: optim.polar_express(0), "0 steps; use 1 or more"),
         (lambda: optim.by_name({"a": True})(PARAMS), "no pattern matches the leaf 'b'"),
         (lambda: optim.by_name({".*": True, "c": False})(PARAMS), r"no leaf takes its value from \['c'\]"),
     ],

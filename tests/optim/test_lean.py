@@ -93,3 +93,13 @@ def test_presets_take_the_bytes_that_they_promise(tx: Any, bytes_each: float):
     state = jax.eval_shape(tx.init, params)
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert total / (1024 * 2048) == pytest.approx(bytes_each, abs=0.002)
+
+
+def test_a_parameter_may_be_called_as_a_moment_is():
+    params = {"mu": jnp.ones((64, 128)), "other": jnp.ones((64, 128))}
+    state = optim.adamw_int8(1e-3).init(params)
+    moments = state.inner[0]
+    assert {moments.nu[name].codes.dtype for name in params} == {jnp.dtype(jnp.uint8)}
+    assert {moments.mu[name].codes.dtype for name in params} == {jnp.dtype(jnp.int8)}
+    factors = optim.adafactor_bf16(1e-3, min_factored=8).init(params).inner[0].nu["mu"]
+    assert {x.dtype for x in factors} == {jnp.dtype(jnp.float32)}
