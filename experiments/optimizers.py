@@ -30,7 +30,7 @@ MATRICES = optim.by_name({"blocks/.*/kernel": True, ".*": False})
 STACKED = optim.by_name({"blocks/.*": True, ".*": False})
 DECAYS = optim.by_name({".*kernel|embed": True, ".*": False})
 DECAY: dict[str, Any] = {"weight_decay": 0.1, "decay_mask": DECAYS}
-LESS: dict[str, Any] = {"weight_decay": 1.0, "decay_mask": DECAYS}  # for Lion, whose learning rate is a tenth
+MORE: dict[str, Any] = {"weight_decay": 1.0, "decay_mask": DECAYS}  # for Lion, whose learning rate is a tenth
 
 Make = Callable[[Any], optax.GradientTransformation]
 OPTIMIZERS: dict[str, tuple[float, Make]] = {  # the lowest of four learning rates, each twice the one before
@@ -38,8 +38,8 @@ OPTIMIZERS: dict[str, tuple[float, Make]] = {  # the lowest of four learning rat
     "AdamW int8": (1e-3, lambda rate: optim.adamw_int8(rate, b2=0.95, **DECAY)),
     "Adafactor": (1e-2, lambda rate: optim.adafactor(rate, stacked=STACKED, **DECAY)),
     "Adafactor bf16": (1e-2, lambda rate: optim.adafactor_bf16(rate, stacked=STACKED, **DECAY)),
-    "Lion": (1.5e-4, lambda rate: optim.lion(rate, b2=0.98, **LESS)),
-    "Lion int8": (1.5e-4, lambda rate: optim.lion_int8(rate, b2=0.98, **LESS)),
+    "Lion": (1.5e-4, lambda rate: optim.lion(rate, b2=0.98, **MORE)),
+    "Lion int8": (1.5e-4, lambda rate: optim.lion_int8(rate, b2=0.98, **MORE)),
     "LAMB": (5e-3, lambda rate: optim.lamb(rate, b2=0.95, adapt_mask=DECAYS, stacked=STACKED, **DECAY)),
     "Muon": (2e-3, lambda rate: optim.muon(rate, MATRICES, stacked=STACKED, **DECAY)),
     "SOAP": (1e-3, lambda rate: optim.soap(rate, largest=256, stacked=STACKED, **DECAY)),

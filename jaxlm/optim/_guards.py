@@ -13,6 +13,8 @@ from jaxlm.optim._leaves import at, check_range, need, next_count, transformatio
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     """Scales updates down to a global norm of `max_norm`, taken in float32; shorter ones keep every bit.
 
+    Updates whose norm overflows float32, beyond 1e19, become 0; infinite ones NaN: see `skip_nonfinite`.
+
     The norm is `tree.norm`, as the step's metric `grad_norm` is: in one program it is computed once for both.
 
     Args:
