@@ -127,9 +127,10 @@ def test_state_keeps_its_dtypes_also_where_float64_is_on(name: str):
 
 
 @all_but("per_layer")  # optax's own LAMB computes in the parameters' dtype
-def test_half_precision_parameters_get_the_updates_of_float32_ones(name: str):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters_get_the_updates_of_float32_ones(name: str, dtype: Any):
     """So neither state nor hyperparameters are rounded to the parameters' precision."""
-    tx, halves, grads = optimizers()[name], tree_of(0, jnp.bfloat16), tree_of(1, jnp.bfloat16)
+    tx, halves, grads = optimizers()[name], tree_of(0, dtype), tree_of(1, dtype)
     wide_params, wide_grads = (jax.tree.map(lambda p: p.astype(jnp.float32), x) for x in (halves, grads))
     if name == "guarded":  # clipping keeps the gradients' dtype, and rounds
         grads = wide_grads
@@ -158,6 +159,17 @@ def test_composes_with_optax(name: str):
         assert jax.tree.structure(state) == jax.tree.structure(after)
         if same:
             assert_close(updates["blocks"], expected["blocks"], 1e-7)
+
+
+@all_but()
+def test_waits_for_the_second_microbatch_in_multisteps(name: str):
+    tx, params, grads = optimizers()[name], tree_of(0), tree_of(1)
+    multi = optax.MultiSteps(tx, 2)
+    update, state = jax.jit(multi.update), multi.init(params)
+    updates, state = update(grads, state, params)
+    assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
+    updates, state = update(grads, state, params)
+    assert_close(updates, jax.jit(tx.update)(grads, tx.init(params), params)[0], 1e-7)
 
 
 @all_but()
