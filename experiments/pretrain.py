@@ -68,7 +68,6 @@ def main(config: Config) -> None:
     metrics.open_run(folder, dataclasses.asdict(config), __file__)
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
     tokenizer = data.ByteTokenizer()
     if config.text is None:
         path = data.python_library_corpus(CACHE, tokenizer)
@@ -87,15 +86,16 @@ def main(config: Config) -> None:
     init, apply = models.transformer(shape, unroll=True)
     mesh, cpu = sharding.data_mesh(), jax.default_backend() == "cpu"
     by_rows = sharding.by_rows(mesh)
-    loss_fn = precision.compute_in(jnp.float32 if cpu else jnp.bfloat16, losses.next_token(apply))
+    warmup, dtype = config.steps // 20, jnp.float32 if cpu else jnp.bfloat16
+    loss_fn = precision.compute_in(dtype, losses.next_token(apply))
     grad_fn = grads.accumulate(jax.value_and_grad(loss_fn, has_aux=True), config.microbatches or (2 if cpu else 1))
-    warmup = config.steps // 20
     schedule = schedules.warmup(schedules.cosine(config.learning_rate, 0.0, config.steps - warmup), warmup)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     muon = optim.muon(
         schedule,
         matrices=optim.by_name({"blocks/.*/kernel": True, ".*": False}),
         stacked=optim.by_name({"blocks/.*": True, ".*": False}),
+        orthogonalize=optim.newton_schulz(dtype=dtype),
         weight_decay=0.1,
     )
     optimizer = optax.chain(optim.clip_by_global_norm(1.0), muon)
