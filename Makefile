@@ -9,7 +9,7 @@ ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda12)
 PACKAGES = -r requirements.lock $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check format lint types test test-all smoke oracle bench docs lock
+.PHONY: help setup train check format lint types test test-all smoke oracle bench audit docs lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,7 +24,7 @@ setup: .venv/ready ## make .venv with all dependencies
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-train: setup ## train a language model on Python's own sources, in about two minutes (ARGS="--help" for more)
+train: setup ## train a language model on Python's own sources, in about three minutes (ARGS="--help" for more)
 	@$(BIN)/python experiments/pretrain.py $(ARGS)
 
 check: lint types test ## all that must hold before a commit
@@ -57,6 +57,17 @@ oracle: setup ## the optimizers against PyTorch's, which this installs
 bench: setup ## train steps and optimizers against baselines, each in one run
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 	$(BIN)/python benchmarks/optimizers.py $(ARGS)
+
+audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none of which is needed
+	.venv-ahead/bin/python benchmarks/traffic.py
+
+.venv-ahead/ready: requirements.lock pyproject.toml
+	@echo "Setting up .venv-ahead (once, some minutes)"
+	@$(PYTHON) -m venv .venv-ahead
+	@.venv-ahead/bin/python -m pip install -q --disable-pip-version-check uv
+	@.venv-ahead/bin/uv pip install -q --python .venv-ahead/bin/python -r requirements.lock "jax[cuda12,tpu]"
+	@.venv-ahead/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 docs: setup ## the examples in docstrings and the README's program
 	$(BIN)/pytest jaxlm tests/test_readme.py $(ARGS)

@@ -1,6 +1,6 @@
 """Trains a language model on text, on all devices of this machine: CPU, GPUs or TPUs.
 
-With no arguments it learns Python from the sources of Python's own standard library, in about two minutes on two CPU
+With no arguments it learns Python from the sources of Python's own standard library, in about three minutes on two CPU
 cores. It writes runs/NAME/: metrics, checkpoints, and report.html to look at. Ctrl-C saves; the same command goes on.
 """
 
