@@ -32,8 +32,10 @@ def moved_bytes(program: str) -> int:
     for line in program[program.index("ENTRY") :].splitlines():
         if not (found := INSTRUCTION.match(line)):
             continue
-        name, shape, op, arguments, rest = (found[i] for i in range(1, 6))
-        operands = [alias.get(operand, operand) for operand in re.findall(r"%([\w.\-]+)", arguments)]
+        name, shape, op, arguments, rest = found.groups()
+        operands = [
+            alias[operand] if operand in alias else operand for operand in re.findall(r"%([\w.\-]+)", arguments)
+        ]
         sizes[name] = _size(shape)
         if op == "bitcast":
             alias[name] = operands[0]
