@@ -33,9 +33,8 @@ def moved_bytes(program: str) -> int:
         if not (found := INSTRUCTION.match(line)):
             continue
         name, shape, op, arguments, rest = found.groups()
-        operands = [
-            alias[operand] if operand in alias else operand for operand in re.findall(r"%([\w.\-]+)", arguments)
-        ]
+        written: list[str] = re.findall(r"%([\w.\-]+)", arguments)
+        operands = [alias.get(operand, operand) for operand in written]
         sizes[name] = _size(shape)
         if op == "bitcast":
             alias[name] = operands[0]
