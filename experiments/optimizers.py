@@ -104,7 +104,7 @@ def main(config: Config) -> None:
             curve.append(measured["loss"])
         each = (jax.tree.map(lambda x, i=i: x[i], trained) for i in range(len(members[0])))
         found = [evaluate(eval_fn, p, (evaluated[i] for i in range(len(evaluated))))["loss"] for p in each]
-        bits = np.reshape(found, (len(rates), -1)) / math.log(2) * heldout.predicted_tokens_per_byte
+        bits = np.reshape([heldout.bits_per_byte(loss) for loss in found], (len(rates), -1))
         return {
             "learning_rates": rates.tolist(),
             "bits_per_byte": bits.tolist(),

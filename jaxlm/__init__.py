@@ -6,6 +6,7 @@ Five types, and functions that make and wrap them: see `jaxlm.types`. `jaxlm.rep
 from jaxlm import checkpoint as checkpoint
 from jaxlm import compiled as compiled
 from jaxlm import data as data
+from jaxlm import distributed as distributed
 from jaxlm import evaluate as evaluate
 from jaxlm import generate as generate
 from jaxlm import grads as grads

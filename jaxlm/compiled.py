@@ -37,10 +37,16 @@ def compile_for(
         function: a pure function.
         first: its first argument, or the shapes and shardings of it.
         batches: one batch of each shape, or its shapes and shardings.
-        donate: let the results overwrite `first`.
+        donate: let the results overwrite `first`; the first of two is like it, and comes to lie on devices as it does.
     """
-    jitted = jax.jit(function, donate_argnums=0 if donate else ())
+    jitted = donating(function, first) if donate else jax.jit(function)
     return Compiled({_signature(batch): jitted.lower(first, batch).compile() for batch in batches})
+
+
+def donating(function: Callable[[Any, Batch], Any], first: Any) -> Any:
+    """`function` jitted such that its results overwrite its first argument; the first result lies as that does."""
+    shardings = jax.tree.map(lambda x: x.sharding if getattr(x, "committed", True) else None, first)
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _signature(batch: Batch) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+from jaxlm.compiled import Compiled, compile_for
 from jaxlm.types import Aux, Batch, LossFn, Params
 
 
@@ -13,13 +14,24 @@ def make_eval(loss_fn: LossFn) -> Callable[[Params, Batch], tuple[jax.Array, Aux
     return lambda params, batch: loss_fn(params, batch, jax.random.key(0))
 
 
+def compile_eval(loss_fn: LossFn, params: Params, batches: Iterable[Batch]) -> Compiled:
+    """`make_eval` compiled for every shape of batch.
+
+    Args:
+        loss_fn: any loss function.
+        params: the parameters, or their shapes and shardings.
+        batches: one batch of each shape, or its shapes and shardings.
+    """
+    return compile_for(make_eval(loss_fn), params, batches)
+
+
 def evaluate(
     eval_fn: Callable[[Params, Batch], tuple[jax.Array, Aux]], params: Params, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Averages a loss and its metrics over all batches together: each token counts the same, whatever batch it is in.
 
     Args:
-        eval_fn: what `make_eval` returns, jitted or compiled.
+        eval_fn: what `make_eval` returns, jitted, or `compile_eval`.
         params: the parameters.
         batches: batches of any shapes.
 

@@ -1,12 +1,17 @@
 """Wrappers of `GradFn`. The first one is made by `jax.value_and_grad(loss_fn, has_aux=True)`."""
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jaxlm.types import Aux, Batch, GradFn, Params
+from jaxlm.sharding import MODEL, Layout, row_axes
+from jaxlm.types import Aux, Batch, GradFn, LossFn, Params
+
+T = TypeVar("T")
 
 
 def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
@@ -41,49 +46,227 @@ def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
         def add(total: Any, slice_and_key: Any) -> tuple[Any, None]:
             return jax.tree.map(lambda t, x: t + x, total, grad_fn(params, *slice_and_key)), None
 
-        zeros = jax.tree.map(lambda s: jnp.zeros_like(s, jnp.float32), sums)  # on each device its own, if the sums are
-        total, _ = jax.lax.scan(add, zeros, (slices, keys))
+        total, _ = jax.lax.scan(add, jax.tree.map(_zeros, sums), (slices, keys))
         return jax.tree.map(lambda t, s: t.astype(s.dtype), total, sums)
 
     return accumulated
 
 
-def data_parallel(grad_fn: GradFn, mesh: Mesh, axis: str = "data") -> GradFn:
+def _zeros(like: Any) -> jax.Array:
+    """float32 zeros of a shape, which on each device may become another sum, if that of `like` may."""
+    zeros, axes = jnp.zeros(like.shape, jnp.float32), tuple(getattr(like.manual_axis_type, "varying", ()))
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def data_parallel(
+    grad_fn: GradFn, layout: Layout, *, dtype: jax.typing.DTypeLike | None = None, microbatches: int = 1
+) -> GradFn:
     """Gives each device an equal share of the batch's rows, and adds up what they find.
 
-    As everything that a `GradFn` returns is a sum, the result is exactly that of the whole batch. Each device has a
-    key of its own.
+    As everything that a `GradFn` returns is a sum, the result is exactly that of the whole batch. Parameters come and
+    gradients leave as the layout has them. Per step and divided parameter there is one all-gather, in `dtype`, and one
+    reduce-scatter, in float32; with stage 2 a reduce-scatter, with stage 3 all of that, in each microbatch. Whole
+    parameters have one all-reduce.
 
-    Place the state whole on every device (`sharding.replicated`) before the first step; else the step is compiled again
-    for the second.
+    Begin with a state that lies as `layout.state(optimizer)` says.
 
     Args:
-        grad_fn: what each device calls on its rows.
-        mesh: the devices.
-        axis: the mesh axis that rows are divided over; parameters are whole on every device.
+        grad_fn: what each device calls on its rows, with whole parameters; those that the layout has brought together
+            by layer it gets as they lie, and `gather_layers` must do so. Each device has a key of its own.
+        layout: what `sharding.lay_out` returns.
+        dtype: what parameters are rounded to where they are used, before they travel; None: they aren't.
+        microbatches: slices of each device's rows, as in `accumulate`.
 
     Raises:
-        ValueError: the mesh has no such axis, or (when traced) a batch whose rows its devices don't divide.
+        ValueError: less than one microbatch, or (when traced) a batch whose rows can't be divided so.
     """
-    if axis not in mesh.shape:
-        raise ValueError(f"data_parallel: the mesh has axes {list(mesh.shape)}, not {axis!r}")
-    devices = mesh.shape[axis]
-    whole, divided = PartitionSpec(), PartitionSpec(axis)
+    in_place = jax.tree.map(lambda spec, by_layer: by_layer or "data" not in spec, layout.specs, layout.by_layer)
 
-    def on_each_device(params: Params, batch: Batch, key: jax.Array) -> Any:
+    def scattered(grad_fn: GradFn) -> GradFn:
+        def to_shards(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+            sums, grads = grad_fn(params, batch, key)
+            return sums, jax.tree.map(
+                lambda g, spec, ready: g if ready else _scatter(g, spec), grads, layout.specs, in_place
+            )
+
+        return to_shards
+
+    def local(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+        sums, grads = grad_fn(params, batch, key)
+        return sums, jax.tree.map(
+            lambda g, spec: _along_model(lambda x: x.astype(jnp.float32), spec)(g), grads, layout.specs
+        )
+
+    if layout.zero < 2:
+        found = scattered(accumulate(local, microbatches))
+    else:
+        found = accumulate(scattered(local), microbatches)
+
+    def on_each_device(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+        sums, grads = found(_brought_together(params, layout, dtype), batch, _own_key(key, layout))
+
+        def add_up(grad: jax.Array, param: jax.Array, spec: PartitionSpec) -> jax.Array:
+            axes = [axis for axis in row_axes(layout.mesh) if axis not in spec]
+            return (_along_model(lambda x: jax.lax.psum(x, axes), spec)(grad) if axes else grad).astype(param.dtype)
+
+        return jax.lax.psum(sums, row_axes(layout.mesh)), jax.tree.map(add_up, grads, params, layout.specs)
+
+    return _on_rows(on_each_device, layout, (PartitionSpec(), _over_rows(layout)), microbatches)
+
+
+def parallel_loss(loss_fn: LossFn, layout: Layout, *, dtype: jax.typing.DTypeLike | None = None) -> LossFn:
+    """A loss alone in the same way: what `data_parallel` is for gradients, for evaluation.
+
+    Args:
+        loss_fn: what each device calls on its rows.
+        layout: what `sharding.lay_out` returns.
+        dtype: what parameters are rounded to where they are used; None: they aren't.
+
+    Raises:
+        ValueError: when traced, a batch whose rows the devices don't divide.
+    """
+
+    def on_each_device(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
+        sums = loss_fn(_brought_together(params, layout, dtype), batch, _own_key(key, layout))
+        return jax.lax.psum(sums, row_axes(layout.mesh))
+
+    return _on_rows(on_each_device, layout, PartitionSpec(), 1)
+
+
+def gather_layers(
+    layout: Layout, name: str, *, dtype: jax.typing.DTypeLike | None = None
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Brings a layer's parameters together right before it is computed: for stage 3, inside the model.
+
+    Each is gathered in `dtype`, and its gradient reduce-scattered in float32, where the layer is computed. For the
+    backward pass it is gathered again rather than kept.
+
+    Args:
+        layout: what `sharding.lay_out` returned for the whole model.
+        name: of the subtree that holds the stacked layers, such as `"blocks"`.
+        dtype: what parameters are rounded to before they travel; None: they aren't.
+
+    Returns:
+        A wrapper of the function `layer(params, *args)`, whose parameters are a pytree with as many leaves, in the same
+        order, as the subtree: what `models.transformer` takes as `wrap_layer`.
+
+    Raises:
+        ValueError: the layout has no such subtree.
+    """
+    if name not in layout.specs:
+        raise ValueError(f"gather_layers: the parameters have no {name!r}, only {sorted(layout.specs)}")
+    specs = [PartitionSpec(*spec[1:]) for spec in jax.tree.leaves(layout.specs[name])]
+    by_layer = jax.tree.leaves(layout.by_layer[name])
+
+    def gather(params: Any) -> Any:
+        leaves, structure = jax.tree.flatten(params)
+        whole = [
+            _gathered(x, spec, dtype) if gathers else _cast(x, dtype)
+            for x, spec, gathers in zip(leaves, specs, by_layer, strict=True)
+        ]
+        return structure.unflatten(whole)
+
+    def wrap(layer: Callable[..., T]) -> Callable[..., T]:
+        def gathering(params: Any, *args: Any) -> T:
+            return layer(gather(params), *args)
+
+        return jax.checkpoint(gathering, policy=_keep_activations)
+
+    return wrap
+
+
+def _keep_activations(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: everything is kept but what is gathered and what only rearranges it."""
+    rearranging = "shard_map", "sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze"
+    return primitive.name not in ("all_gather", *rearranging)
+
+
+def _brought_together(params: Params, layout: Layout, dtype: jax.typing.DTypeLike | None) -> Params:
+    """What the function on one device gets: everything whole, but for what it brings together itself."""
+
+    def whole(param: jax.Array, spec: PartitionSpec, by_layer: bool) -> jax.Array:
         # Differentiating an array that is the same everywhere would add up its gradients at each use, so in every
-        # microbatch; one that may differ is added up once, below.
-        params = jax.tree.map(lambda p: jax.lax.pcast(p, axis, to="varying"), params)
-        return jax.lax.psum(grad_fn(params, batch, jax.random.fold_in(key, jax.lax.axis_index(axis))), axis)
+        # microbatch; one that may differ is added up once.
+        same_on = tuple(axis for axis in row_axes(layout.mesh) if axis not in spec)
+        param = jax.lax.pcast(param, same_on, to="varying") if same_on else param
+        if by_layer:
+            return param
+        return _gather(param, spec, dtype) if "data" in spec else _cast(param, dtype)
 
-    parallel = jax.shard_map(on_each_device, mesh=mesh, in_specs=(whole, divided, whole), out_specs=whole)
+    return jax.tree.map(whole, params, layout.specs, layout.by_layer)
 
-    def checked(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+
+def _gather(param: jax.Array, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    def gather(x: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(x, "data", axis=spec.index("data"), tiled=True)
+
+    return _along_model(gather, spec)(_cast(param, dtype))
+
+
+def _scatter(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def scatter(x: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(x, "data", scatter_dimension=spec.index("data"), tiled=True)
+
+    return _along_model(scatter, spec)(grad.astype(jnp.float32))
+
+
+def _gathered(param: jax.Array, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    """`_gather` with a gradient that adds up in float32; its own would do so in `dtype`."""
+
+    @jax.custom_vjp
+    def gather(param: jax.Array) -> jax.Array:
+        return _gather(param, spec, dtype)
+
+    def forward(param: jax.Array) -> tuple[jax.Array, None]:
+        return _gather(param, spec, dtype), None
+
+    def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+        return (_scatter(grad, spec).astype(param.dtype),)
+
+    gather.defvjp(forward, backward)
+    return gather(param)
+
+
+def _cast(param: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    return param if dtype is None or not jnp.issubdtype(param.dtype, jnp.floating) else param.astype(dtype)
+
+
+def _along_model(function: Callable[[jax.Array], jax.Array], spec: PartitionSpec) -> Callable[[jax.Array], jax.Array]:
+    """Calls a function of an array with the part along `model` that a device has; XLA would gather the parts first."""
+    if MODEL not in spec:
+        return function
+    part = PartitionSpec(*(axis if axis == MODEL else None for axis in spec))
+    return jax.shard_map(function, in_specs=part, out_specs=part, axis_names={MODEL})
+
+
+def _over_rows(layout: Layout) -> Params:
+    """How parameters are divided over the axes that `_on_rows` is written out for."""
+    return jax.tree.map(lambda spec: PartitionSpec(*(None if axis == MODEL else axis for axis in spec)), layout.specs)
+
+
+def _own_key(key: jax.Array, layout: Layout) -> jax.Array:
+    return jax.random.fold_in(key, jax.lax.axis_index(row_axes(layout.mesh)))
+
+
+def _on_rows(function: Callable[..., T], layout: Layout, out_specs: Any, microbatches: int) -> Callable[..., T]:
+    """Runs `function(params, batch, key)` on each device with its rows."""
+    rows_spec = PartitionSpec(row_axes(layout.mesh))
+    parallel = jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=(_over_rows(layout), rows_spec, PartitionSpec()),
+        out_specs=out_specs,
+        axis_names=set(row_axes(layout.mesh)),
+    )
+    devices = math.prod(layout.mesh.shape[axis] for axis in row_axes(layout.mesh))
+
+    def checked(params: Params, batch: Batch, key: jax.Array) -> T:
         rows = batch["tokens"].shape[0]
-        if rows % devices:
+        if rows % (devices * microbatches):
+            slices = f" in {microbatches} microbatches" if microbatches > 1 else ""
             raise ValueError(
-                f"data_parallel: a batch of {rows} rows is not divisible over {devices} devices; "
-                f"use a token budget of a multiple of {devices} rows"
+                f"data_parallel: a batch of {rows} rows is not divisible over {devices} devices{slices}; "
+                f"use a token budget of a multiple of {devices * microbatches} rows"
             )
         return parallel(params, batch, key)
 

@@ -71,25 +71,23 @@ class Log:
     progress line. Close the log when done, or use it in a `with` statement.
 
     Args:
-        folder: the folder of the run.
+        folder: the folder of the run; None: nothing is kept or shown, as in all processes of a run but the first.
         step: the step from which the run goes on: lines of later ones, written after the checkpoint, are removed.
         steps: the number of steps of the whole run.
-        note: something to show at the end of the progress line.
     """
 
-    def __init__(self, folder: Path, step: int, *, steps: int, note: str = ""):
-        self._paths = [folder / "metrics.jsonl", folder / "timing.jsonl"]
-        kept, _ = (_keep_until(path, step) for path in self._paths)
-        self._files = [path.open("a") for path in self._paths]
+    def __init__(self, folder: Path | None, step: int, *, steps: int):
+        paths = [folder / "metrics.jsonl", folder / "timing.jsonl"] if folder else []
+        kept = [_keep_until(path, step) for path in paths]
+        self._files = [path.open("a") for path in paths]
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._last = time.perf_counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
         self._latest = {"loss": math.nan, "heldout": math.nan}
-        for line in kept:
+        for line in kept[0] if kept else []:
             self._latest |= line
-        self._note = note
         columns = "{task.completed}/{task.total}", BarColumn(None), "{task.description}", TimeRemainingColumn(True)
-        self._progress = Progress(*columns, expand=True)
+        self._progress = Progress(*columns, expand=True, disable=folder is None)
         self._task = self._progress.add_task("", completed=step, total=steps)
         self._progress.start()
 
@@ -115,7 +113,7 @@ class Log:
 
     def flush(self) -> None:
         """Writes what has been taken, once the device has computed it."""
-        if self._pending is None:
+        if self._pending is None or not self._files:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
@@ -135,7 +133,7 @@ class Log:
     def _show(self, step: int, *, in_full: bool) -> None:
         weights, seconds = map(sum, zip(*self._recent, strict=True))
         loss, heldout = self._latest["loss"], self._latest["heldout"]
-        line = f"loss {loss:.3f} held-out {heldout:.3f} bits/byte {weights / seconds:,.0f} tok/s {self._note}"
+        line = f"loss {loss:.3f} held-out {heldout:.3f} bits/byte {weights / seconds:,.0f} tok/s"
         self._progress.update(self._task, completed=step, description=line)
         if (
             in_full and not self._progress.console.is_terminal

@@ -1,8 +1,10 @@
 """From a gradient function and an optimizer to a step, and from a step to a loop."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm import tree
-from jaxlm.compiled import Compiled, compile_for
+from jaxlm.compiled import Compiled, compile_for, donating
 from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
+
+
+def keep_programs(folder: Path | None = None) -> None:
+    """Keeps what is compiled in a folder, so that another run needn't compile the same program again.
+
+    Args:
+        folder: where; None: `xla` in what the environment variable JAXLM_CACHE names, or else in ~/.cache/jaxlm.
+    """
+    folder = folder or Path(os.environ.get("JAXLM_CACHE", "~/.cache/jaxlm")).expanduser() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -79,7 +92,7 @@ def fit(step: Step, state: TrainState, batches: Iterable[Batch]) -> Iterator[tup
         state: what `start` returned, or a restored one.
         batches: an iterator of batches, on host or device; the loop ends with it.
     """
-    run = step if isinstance(step, Compiled) else jax.jit(step, donate_argnums=0)
+    run = step if isinstance(step, Compiled) else donating(step, state)
     for batch in batches:
         state, metrics = run(state, batch)
         yield state, metrics
@@ -89,6 +102,8 @@ def fit(step: Step, state: TrainState, batches: Iterable[Batch]) -> Iterator[tup
 def stop_signals(*signals: signal.Signals) -> Generator[Callable[[], bool]]:
     """Holds back signals that would end the process, so that a loop can stop between two steps.
 
+    In a run of several processes it doesn't: they would stop at different steps, and wait for each other.
+
     Args:
         signals: which; without any, SIGINT (Ctrl-C) and SIGTERM.
 
@@ -96,7 +111,7 @@ def stop_signals(*signals: signal.Signals) -> Generator[Callable[[], bool]]:
         A function that tells whether one has come. A second one is not held back.
     """
     came: list[int] = []
-    signals = signals or (signal.SIGINT, signal.SIGTERM)
+    signals = signals or (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
     before = {number: signal.getsignal(number) for number in signals}
 
     def restore() -> None:

@@ -1,5 +1,6 @@
 """Strict numerics, eight simulated devices, and one compile cache for all tests."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from jaxlm import data
 
+os.environ.setdefault("NPROC", "64")  # threads, in which devices wait for each other: with too few, for ever
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))

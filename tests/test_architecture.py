@@ -12,11 +12,23 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 LAYERS = [
     ["types", "tree"],
-    ["compiled", "models", "losses", "grads", "precision", "optim", "schedules", "data", "sharding"],
+    [
+        "compiled",
+        "hlo",
+        "models",
+        "losses",
+        "grads",
+        "precision",
+        "optim",
+        "schedules",
+        "data",
+        "sharding",
+        "distributed",
+    ],
     ["train", "range_test", "evaluate", "checkpoint", "metrics", "generate", "report"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-WITHIN_A_LAYER = {("generate", "checkpoint"), ("report", "metrics"), ("range_test", "train")}
+WITHIN_A_LAYER = {("generate", "checkpoint"), ("report", "metrics"), ("range_test", "train"), ("grads", "sharding")}
 DOORS = {
     "flax": "jaxlm/models/",
     "orbax": "jaxlm/checkpoint.py",

@@ -68,7 +68,7 @@ def test_any_optimizer_state(optimizer: optax.GradientTransformation, tmp_path: 
 
 def test_restores_onto_other_devices(tmp_path: Path) -> None:
     state = state_at(1)
-    everywhere = sharding.replicated(sharding.data_mesh())
+    everywhere = sharding.replicated(sharding.mesh())
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
         checkpoints.save(state)
         restored = checkpoints.restore(jax.device_put(state, everywhere))

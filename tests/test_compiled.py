@@ -66,5 +66,5 @@ def test_shapes_suffice_to_compile():
 def test_the_first_argument_is_donated_if_asked(donate: bool):
     first = jnp.zeros((), int)
     batch = jax.tree.map(jnp.asarray, batch_of(1))
-    compile_for(count, first, [batch], donate=donate)(first, batch)
+    compile_for(lambda first, batch: (count(first, batch), None), first, [batch], donate=donate)(first, batch)
     assert (first.is_deleted(), batch["tokens"].is_deleted()) == (donate, False)

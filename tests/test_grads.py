@@ -1,5 +1,4 @@
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,17 +9,17 @@ import pytest
 from jaxlm.grads import accumulate, data_parallel
 from jaxlm.losses import next_token
 from jaxlm.models import TransformerConfig, transformer
-from jaxlm.sharding import data_mesh
+from jaxlm.sharding import lay_out, mesh
 from jaxlm.types import Aux, Batch, GradFn, Params
 
 ROWS, LENGTH, VOCAB = 16, 6, 5
 KEY = jax.random.key(0)
-MESH = data_mesh()
 RNG = np.random.default_rng(0)
 PARAMS = {
     "embed": RNG.normal(size=(VOCAB, 4)).astype(np.float32),
     "head": RNG.normal(size=(4, VOCAB)).astype(np.float32),
 }
+WHOLE = lay_out(PARAMS, mesh())
 BATCH = {
     "tokens": RNG.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.uint16),
     # Four rows of padding, which are a microbatch for k = 4 and two devices out of eight; elsewhere 1 to 6 tokens.
@@ -34,15 +33,30 @@ def bigrams(params: Params, tokens: jax.Array) -> jax.Array:
 
 whole: GradFn = jax.value_and_grad(next_token(bigrams), has_aux=True)
 
-WRAPPED: dict[str, Callable[[GradFn], GradFn]] = {
-    "accumulate 1": lambda f: accumulate(f, 1),
-    "accumulate 2": lambda f: accumulate(f, 2),
-    "accumulate 4": lambda f: accumulate(f, 4),
-    "accumulate 16": lambda f: accumulate(f, 16),
-    "data_parallel": lambda f: data_parallel(f, MESH),
-    "data_parallel of accumulate": lambda f: data_parallel(accumulate(f, 2), MESH),
-    "accumulate of data_parallel": lambda f: accumulate(data_parallel(f, MESH), 2),
-}
+
+def wrapped(how: str, grad_fn: GradFn, params: Params = PARAMS) -> GradFn:
+    layout = lay_out(params, mesh())
+    if how.startswith("accumulate "):
+        return (
+            accumulate(grad_fn, int(how.split()[1]))
+            if how[-1].isdigit()
+            else accumulate(data_parallel(grad_fn, layout), 2)
+        )
+    return data_parallel(
+        accumulate(grad_fn, 2) if "of" in how else grad_fn, layout, microbatches=2 if "in" in how else 1
+    )
+
+
+WRAPPED = [
+    "accumulate 1",
+    "accumulate 2",
+    "accumulate 4",
+    "accumulate 16",
+    "accumulate of data_parallel",
+    "data_parallel",
+    "data_parallel of accumulate",
+    "data_parallel in microbatches",
+]
 
 
 def assert_close(found: Any, expected: Any):
@@ -61,7 +75,7 @@ def expected() -> Any:
 
 @pytest.mark.parametrize("wrap", WRAPPED)
 def test_sums_are_those_of_the_whole_batch(wrap: str, expected: Any):
-    found = jax.jit(WRAPPED[wrap](whole))(PARAMS, BATCH, KEY)
+    found = jax.jit(wrapped(wrap, whole))(PARAMS, BATCH, KEY)
     assert_close(found, expected)
 
 
@@ -74,14 +88,14 @@ def test_a_transformer_on_devices_in_microbatches_has_the_sums_of_the_whole_batc
     segments = np.where(np.arange(LENGTH) < ends, 1, 2) * (np.arange(LENGTH) < BATCH["lengths"][:, None])
     batch = {"tokens": BATCH["tokens"], "segments": segments}
     grad_fn: GradFn = jax.value_and_grad(next_token(apply), has_aux=True)
-    wrapped = jax.jit(data_parallel(accumulate(grad_fn, 2), MESH))(params, batch, KEY)
-    assert_close(wrapped, jax.jit(grad_fn)(params, batch, KEY))
+    found = jax.jit(data_parallel(accumulate(grad_fn, 2), lay_out(params, mesh())))(params, batch, KEY)
+    assert_close(found, jax.jit(grad_fn)(params, batch, KEY))
 
 
 @pytest.mark.parametrize("wrap", WRAPPED)
 def test_dtypes_are_those_of_the_wrapped_function(wrap: str):
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
-    shapes = jax.eval_shape(WRAPPED[wrap](whole), params, BATCH, KEY)
+    shapes = jax.eval_shape(wrapped(wrap, whole), params, BATCH, KEY)
     assert shapes == jax.eval_shape(whole, params, BATCH, KEY)
     assert {s.dtype for s in jax.tree.leaves(shapes[1])} == {jnp.dtype(jnp.bfloat16)}
 
@@ -96,15 +110,16 @@ def test_accumulate_adds_bfloat16_gradients_in_float32():
     assert grads[0] == 512  # a bfloat16 sum of ones stays at 256
 
 
-@pytest.mark.parametrize("axis", ["data", "rows"])
-def test_data_parallel_divides_rows_over_the_axis_it_is_told(axis: str):
+@pytest.mark.parametrize(
+    ("sizes", "devices"), [({}, 8), ({"replica": 2}, 8), ({"model": 2}, 4), ({"data": 1, "model": 8}, 1)]
+)
+def test_data_parallel_divides_rows_over_all_axes_but_the_model_s(sizes: dict[str, int], devices: int):
     def rows(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
         del key
         return (jnp.zeros(()), Aux(jnp.zeros(()), {})), params.at[batch["tokens"].shape[0]].set(1.0)
 
-    mesh = jax.make_mesh((4, 2), ("rows", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    _, grads = jax.jit(data_parallel(rows, mesh, axis))(jnp.zeros(9), {"tokens": np.zeros((8, 1), int)}, KEY)
-    devices = {"rows": 4, "data": 2}[axis]
+    layout = lay_out(jnp.zeros(9), mesh(**sizes))
+    _, grads = jax.jit(data_parallel(rows, layout))(jnp.zeros(9), {"tokens": np.zeros((8, 1), int)}, KEY)
     np.testing.assert_array_equal(grads, devices * np.eye(9)[8 // devices])
 
 
@@ -114,6 +129,7 @@ def test_data_parallel_divides_rows_over_the_axis_it_is_told(axis: str):
         ("accumulate 4", 4),
         ("data_parallel", 8),
         ("data_parallel of accumulate", 16),
+        ("data_parallel in microbatches", 16),
         ("accumulate of data_parallel", 16),
     ],
 )
@@ -122,7 +138,7 @@ def test_keys_are_distinct_and_follow_from_the_key(wrap: str, draws: int):
         slot = batch["tokens"][0, 0] * draws // ROWS
         return (jnp.zeros(()), Aux(jnp.zeros(()), {})), params.at[slot].set(jax.random.uniform(key))
 
-    grad_fn = jax.jit(WRAPPED[wrap](draw))
+    grad_fn = jax.jit(wrapped(wrap, draw, jnp.zeros(draws)))
     batch = {"tokens": np.arange(ROWS)[:, None]}
     drawn, again, other = (np.asarray(grad_fn(jnp.zeros(draws), batch, jax.random.key(i))[1]) for i in (0, 0, 1))
     assert len(set(drawn) | set(other) | {0.0}) == 2 * draws + 1
@@ -151,7 +167,7 @@ def all_reduces(program: str) -> tuple[int, int]:
 )
 def test_devices_add_up_after_the_last_microbatch(wrap: str, in_loop: bool):
     """The second case shows that an all-reduce in a loop would be found."""
-    program = jax.jit(WRAPPED[wrap](whole)).lower(PARAMS, BATCH, KEY).compile().as_text()
+    program = jax.jit(wrapped(wrap, whole)).lower(PARAMS, BATCH, KEY).compile().as_text()
     outside, inside = all_reduces(program)
     assert (outside > 0, inside > 0) == (not in_loop, in_loop)
 
@@ -170,9 +186,4 @@ def test_accumulate_refuses_rows_that_it_cannot_divide():
 def test_data_parallel_refuses_rows_that_it_cannot_divide():
     batch = {name: x[:12] for name, x in BATCH.items()}
     with pytest.raises(ValueError, match="12 rows is not divisible over 8 devices"):
-        data_parallel(whole, MESH)(PARAMS, batch, KEY)
-
-
-def test_data_parallel_refuses_an_axis_that_the_mesh_lacks():
-    with pytest.raises(ValueError, match=r"axes \['data'\], not 'model'"):
-        data_parallel(whole, MESH, "model")
+        data_parallel(whole, WHOLE)(PARAMS, batch, KEY)

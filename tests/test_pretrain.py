@@ -143,7 +143,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "CACHE", SCRIPT.parents[1] / ".cache")
+    monkeypatch.setenv("JAXLM_CACHE", str(SCRIPT.parents[1] / ".cache"))
     return module
 
 

@@ -13,7 +13,7 @@ from flax import linen, nnx
 from jaxlm.grads import data_parallel
 from jaxlm.losses import next_token
 from jaxlm.models import functional
-from jaxlm.sharding import by_rows, data_mesh, replicated
+from jaxlm.sharding import by_rows, lay_out, mesh, replicated
 from jaxlm.train import compile_step, fit, make_step, start, stop_signals
 from jaxlm.types import Aux, Batch, Params, TrainState
 
@@ -107,12 +107,12 @@ def test_the_optimizer_is_told_the_mean_loss():
 )
 @pytest.mark.parametrize("devices", [1, 8])
 def test_nothing_is_compiled_after_the_first_step(optimizer: optax.GradientTransformation, devices: int):
-    mesh = data_mesh(jax.devices()[:devices])
-    step = jax.jit(make_step(data_parallel(grads_of_rows, mesh), optimizer, KEY), donate_argnums=0)
-    state = jax.device_put(start(linear_params(), optimizer), replicated(mesh))
+    layout = lay_out(linear_params(), mesh(devices=jax.devices()[:devices]))
+    step = jax.jit(make_step(data_parallel(grads_of_rows, layout), optimizer, KEY), donate_argnums=0)
+    state = jax.device_put(start(linear_params(), optimizer), replicated(layout.mesh))
     before = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
     for batch in linear_batches(3, rows=8):
-        state, _ = step(state, jax.device_put(batch | {"tokens": batch["x"]}, by_rows(mesh)))
+        state, _ = step(state, jax.device_put(batch | {"tokens": batch["x"]}, by_rows(layout.mesh)))
     assert step._cache_size() == 1
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == before
 

@@ -17,6 +17,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -80,14 +81,18 @@ class Corpus:
         content = [self.manifest["tokenizer"], self.manifest[self.split]["tokens"], self.manifest[self.split]["sha256"]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-    @property
-    def predicted_tokens_per_byte(self) -> float:
-        """Predicted tokens, which are all but the first of each document, for each byte of text.
-
-        Loss per token times this, over ln 2, is in bits per byte: comparable between tokenizers.
-        """
+    def bits_per_byte(self, loss: float) -> float:
+        """A mean loss per predicted token, in nats, as bits per byte of text: comparable between tokenizers."""
         counts = self.manifest[self.split]
-        return (counts["tokens"] - counts["documents"]) / counts["bytes"]
+        predicted = counts["tokens"] - counts["documents"]  # all but the first of each document
+        return loss / math.log(2) * predicted / counts["bytes"]
+
+    @property
+    def summary(self) -> str:
+        """What it is made of, in a line."""
+        counts, not_utf8, names = self.manifest[self.split], self.manifest["not_utf8"], self.manifest["not_utf8_names"]
+        such = f"{not_utf8}, such as {names[0]}" if names else "none"
+        return f"{counts['documents']:,} documents, {counts['bytes']:,} bytes (not UTF-8: {such})"
 
     def text(self, tokenizer: Tokenizer) -> bytes:
         """All documents decoded, one after another."""

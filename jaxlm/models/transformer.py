@@ -1,16 +1,20 @@
 """The decoder: one block, stacked and scanned."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
+from jaxlm import tree
 from jaxlm.models.attention import attention
 from jaxlm.models.functional import functional
 from jaxlm.models.layers import Activation, FeedForward, Linear, RMSNorm, rotary
+from jaxlm.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,10 +160,19 @@ class Transformer(nnx.Module):
         rngs: the keys to draw parameters with.
         unroll: run the layers one after another in the compiled program rather than in a loop: longer to compile,
             often faster on GPUs. The parameters are the same.
+        wrap_layer: a wrapper of the function `layer(params, *args)` that each block is, such as `jax.checkpoint` or
+            `grads.gather_layers(...)`.
     """
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, unroll: bool = False):
-        self.config, self.unroll = config, unroll
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rngs: nnx.Rngs,
+        *,
+        unroll: bool = False,
+        wrap_layer: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    ):
+        self.config, self.unroll, self.wrap_layer = config, unroll, wrap_layer
         self.embed = nnx.Param(config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab, config.width)))
         keys = jax.random.split(rngs.params(), config.layers)
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
@@ -193,8 +206,9 @@ class Transformer(nnx.Module):
             positions = positions - _starts(segments)
         where = Where(first, positions, segments)
         cached = None if cache is None else (cache.k, cache.v)
+        layer = self.wrap_layer(_run) if self.wrap_layer else _run
         x, cached = jax.lax.scan(
-            lambda x, layer: layer[0](x, where, layer[1]),
+            lambda x, block_and_cached: layer(block_and_cached[0], x, where, block_and_cached[1]),
             # Looked up in float32, where the gradients of a token add up: bfloat16 stops at some 256 of them.
             embed.astype(jnp.float32)[tokens].astype(embed.dtype),
             (self.blocks, cached),
@@ -204,6 +218,10 @@ class Transformer(nnx.Module):
         flat = self.norm(x).reshape(-1, self.config.width)
         logits = jnp.matmul(flat, matrix, preferred_element_type=jnp.float32).reshape(*tokens.shape, -1)
         return logits if cached is None else (logits, Cache(*cached, first + tokens.shape[1]))
+
+
+def _run(block: Block, x: Any, where: Where, cached: KeysAndValues | None) -> tuple[Any, KeysAndValues | None]:
+    return block(x, where, cached)
 
 
 def _put(
@@ -217,6 +235,31 @@ def _starts(segments: Integer[Array, "B T"]) -> Int[Array, "B T"]:
     positions = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
     begins = segments != jnp.roll(segments, 1, axis=1)
     return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
+def stacked(params: Params) -> Any:
+    """Which parameters `[L ...]` hold the layers' one after another: True or False for each."""
+    return tree.labels(params, {"blocks/.*": True, ".*": False}, unused=True)
+
+
+def matrices(params: Params) -> Any:
+    """Which parameters are matrices inside the blocks, those that Muon is for: True or False for each."""
+    return tree.labels(params, {"blocks/.*/kernel": True, ".*": False}, unused=True)
+
+
+def tensor_parallel(config: TransformerConfig) -> dict[str, PartitionSpec]:
+    """Rules for `sharding.lay_out`: which parameters are divided over the axis `model`, and along which dimension.
+
+    As in Megatron-LM (https://arxiv.org/abs/1909.08053, section 3): what makes heads and hidden units, by columns; what
+    takes them, by rows. Each block then needs two all-reduces of activations forward and two backward.
+    """
+    rules = {
+        r"blocks/attention/[qkv]/kernel": PartitionSpec(None, None, "model"),
+        r"blocks/feed_forward/(gate|up)/kernel": PartitionSpec(None, None, "model"),
+        r"blocks/.*/(o|down)/kernel": PartitionSpec(None, "model"),
+    }
+    head = {} if config.tied else {"head/kernel": PartitionSpec(None, "model")}
+    return rules | head | {".*": PartitionSpec()}
 
 
 def transformer(config: TransformerConfig, **options: Any):

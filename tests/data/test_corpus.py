@@ -88,7 +88,8 @@ def test_lengths_and_rate_are_of_the_documents(tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus", [b"12345", b"1", b"1234"])
     assert corpus.lengths.tolist() == [7, 3, 6]  # with start and end
     assert [ids.tolist() for ids in corpus] == [BYTES.encode(text).tolist() for text in (b"12345", b"1", b"1234")]
-    assert corpus.predicted_tokens_per_byte == pytest.approx((6 + 2 + 5) / 10)
+    assert corpus.bits_per_byte(3 * math.log(2)) == pytest.approx(3 * (6 + 2 + 5) / 10)
+    assert corpus.summary == "3 documents, 10 bytes (not UTF-8: none)"
 
 
 def test_held_out_depends_on_the_text_only(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_an_iterator_goes_to_the_state_that_is_set(batches: data.Batches) -> Non
 
 
 def test_batches_are_placed_on_the_devices(corpus_path: Path) -> None:
-    by_rows = sharding.by_rows(sharding.data_mesh())
+    by_rows = sharding.by_rows(sharding.mesh())
     batches = batches_of(corpus_path)
     with iterating(batches, place=lambda batch: jax.device_put(batch, by_rows)) as iterator:
         placed = list(itertools.islice(iterator, len(batches)))

@@ -239,7 +239,7 @@ SPECS = {
 
 @all_but()
 def test_sharded_is_unsharded(name: str):
-    mesh, tx, params = sharding.data_mesh(), optimizers()[name], tree_of(0)
+    mesh, tx, params = sharding.mesh(), optimizers()[name], tree_of(0)
     alone, alone_state = run(tx, params)
     if name == "soap":
         tx = optim.soap(1e-2, stacked=STACKED, basis_sharding=sharding.replicated(mesh), **SOAP, **DECAY)

@@ -58,7 +58,7 @@ def test_singular_values_come_near_one(shape: tuple[int, ...], how: optim.Orthog
 
 
 def test_banks_are_divided_by_layer_with_two_all_to_alls():
-    mesh = sharding.data_mesh()
+    mesh = sharding.mesh()
     bank = NamedSharding(mesh, PartitionSpec("data"))
     tx = optim.scale_by_muon(stacked=True, bank_sharding=bank, orthogonalize=optim.polar_express(dtype=jnp.float32))
     grads = {"q": jnp.asarray(RNG.normal(size=(8, 16, 32)), jnp.float32)}

@@ -1,0 +1,268 @@
+"""One run of several processes: they join, agree on what to do, and leave together when one is lost.
+
+JAX asks nobody who connects for a password: keep the ports of a run inside a network that you trust.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+RESTART = 75  # EX_TEMPFAIL of sysexits.h
+LISTEN_EVERY = 1.0  # seconds
+PATIENCE = 5.0  # seconds; who hasn't answered by then is lost
+LEAVING = "jaxlm/leaving"
+OWN = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")  # JAX's errors that no other process causes
+# The service in process 0 doesn't answer; or the version of JAX isn't one that `_coordination` knows.
+UNREACHABLE = (jax.errors.JaxRuntimeError, ImportError, AttributeError)
+_LEAVING_ONCE = threading.Lock()
+
+# What JAX's own detection reads of each launcher.
+OPEN_MPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")  # the second one is an indexed job's alone
+
+
+def start(join: tuple[str, int, int] | None = None, *, heartbeat_seconds: int = 30) -> None:
+    """Joins this process to the others of its run; to be called before anything else of JAX.
+
+    Without `join` JAX finds the others if several were started by SLURM or Open MPI 4 (one process for each GPU), on
+    Cloud TPU, or by Kubernetes (an indexed Job or a JobSet; needs the package `kubernetes`). Otherwise the process is
+    alone, and nothing happens. On CPUs the processes talk through Gloo, which listens on the address that the name of
+    the machine stands for; JAX has no setting for it.
+
+    Args:
+        join: HOST:PORT where process 0 is to listen, how many processes there are, and the number of this one, from 0.
+            On 127.0.0.1 or localhost nobody else reaches it. One process is alone, whatever the launcher. Of several on
+            one machine with GPUs each is told its own by `JAX_LOCAL_DEVICE_IDS`.
+        heartbeat_seconds: JAX ends all processes (SIGABRT) when one is silent for so long.
+
+    Raises:
+        ValueError: `join` doesn't fit together, or the launcher needs it.
+
+    >>> start(("localhost:1234", 2, 2))
+    Traceback (most recent call last):
+    ValueError: start: process 2 of 2; processes are numbered from 0 to processes - 1
+    """
+    config: Any = jax.config
+    if config.jax_num_cpu_devices > 1:
+        # XLA runs them in as many threads as there are cores, and one that waits for the others in a collective keeps
+        # its thread: with too few they wait for ever.
+        os.environ.setdefault("NPROC", str(8 * config.jax_num_cpu_devices))
+    # JAX would catch SIGTERM, for programs that ask it at each step; one that doesn't would not end.
+    config.update("jax_enable_preemption_service", False)
+    options: dict[str, Any] = {
+        "heartbeat_timeout_seconds": heartbeat_seconds,
+        "shutdown_timeout_seconds": 600,  # for process 0 to write results when the others are done
+    }
+    if join is None:
+        if _started_with_others():
+            jax.distributed.initialize(**options)
+        return
+    coordinator, processes, process = join
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"start: coordinator is {coordinator!r}; it must be HOST:PORT")
+    if not 0 <= process < processes:
+        raise ValueError(f"start: process {process} of {processes}; processes are numbered from 0 to processes - 1")
+    if processes > 1:
+        local = host in ("127.0.0.1", "localhost", "[::1]")
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=coordinator if local else None,
+            **options,
+        )
+
+
+def first() -> bool:
+    """Whether this is process 0, which alone prints and writes what all have in common."""
+    return jax.process_index() == 0
+
+
+def agree(**values: object) -> None:
+    """Makes sure that all processes are about to do the same. All must call it; alone it does nothing.
+
+    Args:
+        values: by name, whatever JSON can say: options, the fingerprint of the data, versions.
+
+    Raises:
+        ValueError: in every process, about the first value that isn't the same in all.
+
+    >>> agree(steps=1000, data="ab12")
+    """
+    if jax.process_count() == 1:
+        return
+    said = _exchange({name: _short(json.dumps(value, sort_keys=True)) for name, value in values.items()})
+    for name in dict.fromkeys(name for one in said for name in one):
+        having: dict[str, list[int]] = {}
+        for process, one in enumerate(said):
+            having.setdefault(f"{name}={one[name]}" if name in one else f"no {name}", []).append(process)
+        if len(having) > 1:
+            few_first = sorted(having.items(), key=lambda item: (len(item[1]), -item[1][0]))
+            who = ", ".join(
+                f"{_named(processes)} {'has' if len(processes) == 1 else 'have'} {what}"
+                for what, processes in few_first[:4]
+            )
+            raise ValueError(f"agree: {who}; start all with the same command and data")
+
+
+def first_then_rest(make: Callable[[], T]) -> T:
+    """Lets process 0 make something in a shared folder, which the others then find made. All must call it.
+
+    Args:
+        make: makes it, or finds it made. On CPUs JAX lets the others wait for 30 minutes.
+
+    Returns:
+        What `make` returned in this process.
+
+    Raises:
+        RuntimeError: in the others, if it failed in process 0, where its own error is raised.
+
+    >>> first_then_rest(lambda: "made")
+    'made'
+    """
+    if jax.process_count() == 1:
+        return make()
+    made: list[T] = []
+    error: Exception | None = None
+    if first():
+        try:
+            made.append(make())
+        except Exception as raised:
+            error = raised
+    failure = _exchange(error and f"{type(error).__name__}: {error}")[0]
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise RuntimeError(f"process 0 failed: {failure}")
+    return made[0] if made else make()
+
+
+@contextlib.contextmanager
+def leaving_together() -> Generator[None]:
+    """Stands around the job, after `start`, so that no process waits for one that is gone. Alone it changes nothing.
+
+    A process that an error leaves prints it and tells the others, also those inside a collective. Each then prints who
+    failed or is lost, and ends at once, where an ordinary end would wait for the lost one. The exit code is for the
+    scheduler:
+
+    - 1: a process failed with an error of its own, which it would meet again.
+    - 75: a process was lost (killed, out of memory, its machine gone): start all again, to go on from a checkpoint.
+    - 134 (SIGABRT): JAX ended the process, which nothing can catch: process 0 is gone ("the leader task"), or the tasks
+      that it names "stopped sending heartbeats", for `heartbeat_seconds`; a task is a process. The latter is how the
+      loss of a process shows on GPUs. If that process printed no error, start all again.
+
+    `SystemExit` passes: leave by it in all processes or in none.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    done = threading.Event()
+    listener = threading.Thread(target=_listen, args=(done,), daemon=True)
+    listener.start()
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        of_all = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
+        _leave("" if of_all else f"{type(error).__name__}: {error}")
+    finally:
+        done.set()
+        listener.join()
+
+
+def _listen(done: threading.Event) -> None:
+    """Answers, when another leaves, for a main thread that may be inside a collective and wait for it."""
+    with contextlib.suppress(*UNREACHABLE):
+        while not done.wait(LISTEN_EVERY):
+            if _coordination().client.key_value_dir_get(LEAVING):
+                _leave("")
+
+
+def _leave(failure: str) -> NoReturn:
+    """Ends the process, once the others have said why they leave, with `failure` or without, or have not answered."""
+    _LEAVING_ONCE.acquire()
+    try:
+        state = _coordination()
+        me, said = state.process_id, dict[int, str]()
+        state.client.key_value_set(f"{LEAVING}/{me}", failure[:300])
+        deadline = time.monotonic() + PATIENCE
+        while len(said) < state.num_processes and time.monotonic() < deadline and not (failure and me > 0):
+            time.sleep(0.05)
+            said = {int(key.rpartition("/")[2]): why for key, why in state.client.key_value_dir_get(LEAVING)}
+        failed = sorted(process for process, why in said.items() if why)
+        lost = sorted(set(range(state.num_processes)) - set(said))
+        if failure:
+            line, code = "failed", 1
+        elif failed:
+            line, code = f"{_named(failed)} failed: {said[failed[0]]}", 1
+        elif lost:
+            line, code = f"lost {_named(lost)}", RESTART
+        else:
+            line, code = "a collective failed while all processes live", RESTART
+    except UNREACHABLE as error:
+        me, line, code = "?", f"lost process 0 ({type(error).__name__}: {error})", 1 if failure else RESTART
+    with contextlib.suppress(OSError):
+        print(f"process {me}: {line}; leaving with exit code {code}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if me == 0:
+        time.sleep(2 * LISTEN_EVERY)  # JAX would end the others, which hear of each other through this process
+    os._exit(code)
+
+
+def _coordination() -> Any:
+    """JAX's connection to the service in process 0: private, but nothing else tells who lives. Orbax uses it too."""
+    from jax._src import distributed  # pyright: ignore[reportPrivateUsage]
+
+    return distributed.global_state
+
+
+def _exchange(said: Any) -> list[Any]:
+    """What each process said, in their order. All must call it, with something that JSON can say."""
+    text = np.frombuffer(json.dumps([jax.process_index(), said]).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(text.size, np.int32))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - text.size)))
+    # The rows are in the order of the devices, which needn't be that of the processes.
+    parts = sorted(json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
+    return [part for _, part in parts]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 64 else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
+
+
+def _named(processes: Sequence[int]) -> str:
+    some = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
+    return f"process {some}" if len(processes) == 1 else f"processes {some}"
+
+
+def _started_with_others() -> bool:
+    """Whether JAX will find a launcher that started more than this one process."""
+    has = os.environ.keys()
+    if has >= set(OPEN_MPI):
+        return int(os.environ["OMPI_COMM_WORLD_SIZE"]) > 1
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        raise ValueError("start: JAX doesn't find the others under this Open MPI; give join")
+    if has >= set(SLURM):  # an interactive shell has the tasks of its whole job, but is alone in its step
+        return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ["SLURM_NTASKS"])) > 1
+    if "TPU_ML_PLATFORM" in has:  # JAX sets it where it sees TPUs
+        hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
+        if hosts is None:
+            return "TPU_SKIP_MDS_QUERY" not in has
+        return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", 1)) > 1
+    return has >= set(KUBERNETES)

@@ -1,0 +1,81 @@
+"""Meshes, and how batches lie on them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+ROWS: Final = ("replica", "data")
+"""The axes that the rows of a batch are divided over, in this order; parameters, over the last one alone."""
+MODEL: Final = "model"
+"""The axis that matrices are divided over by rules, as Megatron-LM does (https://arxiv.org/abs/1909.08053)."""
+
+
+def mesh(replica: int = 1, data: int = -1, model: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes `replica`, `data` and `model`, neighbours along `model` being the closest.
+
+    Args:
+        replica: copies of all that lies along the other two, such as one in each slice or island of fast links; rows
+            are divided over them too.
+        data: devices that divide parameters, optimizer state and rows among them; -1: as many as there are.
+        model: devices that divide each matrix product among them.
+        devices: all of them by default. They are put in an order that suits how they are connected.
+
+    Returns:
+        A mesh; of axes of size 1 it has `data` alone.
+
+    Raises:
+        ValueError: the sizes don't multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = max(1, len(devices) // max(1, model * replica)) if data == -1 else data
+    sizes = {"replica": replica, "data": data, MODEL: model}
+    if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != len(devices):
+        raise ValueError(
+            f"mesh: {' x '.join(f'{name} {size}' for name, size in sizes.items())} isn't the number of devices, "
+            f"{len(devices)}; choose sizes of 1 or more whose product it is"
+        )
+    shape = tuple(sizes.values())
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if replica == len(slices) > 1:
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (replica, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices)
+    kept = [name for name, size in sizes.items() if size > 1 or name == "data"]
+    return Mesh(grid.reshape([sizes[name] for name in kept]), kept, axis_types=(AxisType.Auto,) * len(kept))
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Those of the mesh's axes that rows are divided over."""
+    return tuple(axis for axis in ROWS if axis in mesh.shape)
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """A batch: its rows divided over all devices, but for those along `model`, which have the same."""
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(batch: Mapping[str, np.ndarray], rows: NamedSharding) -> dict[str, jax.Array]:
+    """Puts a batch that every process has onto the devices, each process its own rows, with no communication.
+
+    Args:
+        batch: arrays whose first axis are rows.
+        rows: what `by_rows` makes.
+    """
+    return {name: jax.make_array_from_callback(x.shape, rows, lambda i, x=x: x[i]) for name, x in batch.items()}
+
+
+def to_host(arrays: Any) -> Any:
+    """The whole of each array as NumPy's, in every process; no device holds more than one of them whole at a time.
+
+    All processes must call it.
+    """
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), arrays)

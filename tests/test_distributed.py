@@ -1,0 +1,335 @@
+"""Several real processes on this machine, which run this file: they agree, and none waits for one that is lost."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+if __name__ == "__main__":  # the processes import what they need: all of jaxlm would take each two seconds more
+    sys.modules["jaxlm"] = package = ModuleType("jaxlm")
+    package.__path__ = [str(Path(__file__).parents[1] / "jaxlm")]
+from jaxlm import distributed
+
+PATIENCE = 60  # seconds for anything at all
+LAUNCHERS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_")
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,192.0.2.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+class Ended(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def wait_for(self, line: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while line not in (self.folder / "stdout").read_text():
+            assert self.process.poll() is None, (self.folder / "stderr").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def end(self) -> Ended:
+        code = self.process.wait(PATIENCE)
+        return Ended(code, (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        return some.getsockname()[1]
+
+
+@contextmanager
+def several(count: int, job: str, folder: Path, *environments: Mapping[str, str]) -> Generator[list[Running]]:
+    """Starts processes that run `job` of this file, as processes of one run or as their environments say."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    where = [] if environments else [f"127.0.0.1:{free_port()}", str(count)]
+    running: list[Running] = []
+    try:
+        for i in range(count):
+            own = folder / str(i)
+            own.mkdir()
+            command = [sys.executable, __file__, job, *where, *([str(i)] if where else [])]
+            environment = clean | dict(environments[i] if environments else {})
+            with (own / "stdout").open("wb") as out, (own / "stderr").open("wb") as err:
+                running.append(
+                    Running(subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err), own)
+                )
+        yield running
+    finally:
+        for one in running:
+            one.process.kill()
+            one.process.wait()
+
+
+# What the processes do.
+
+
+def job_agreeing(coordinator: str, processes: str, process: str) -> None:
+    distributed.start((coordinator, int(processes), int(process)))
+    with distributed.leaving_together():
+        print("devices", jax.device_count(), "first", distributed.first())
+        print("sum", sum_of_devices())
+        distributed.agree(steps=10, data="ab")
+        for values in ({"same": 1, "data": f"{process} of many " * 10}, {"lr": 0.1} if process == "0" else {}):
+            try:
+                distributed.agree(**values)
+            except ValueError as error:
+                print(error)
+        print(distributed.first_then_rest(make_or_find))
+        if process == "0":
+            print("listens on", sorted(listening(int(coordinator.rpartition(":")[2]))))
+        distributed.first_then_rest(fail)
+
+
+def make_or_find() -> str:
+    if Path("made").exists():
+        return "found"
+    time.sleep(0.5)
+    Path("made").touch()
+    return "made"
+
+
+def fail() -> None:
+    raise OSError("the disk is full")
+
+
+def job_failing() -> None:
+    distributed.start(heartbeat_seconds=100)
+    with distributed.leaving_together():
+        sum_of_devices()
+        if distributed.first():
+            fail()
+        sum_of_devices()  # waits for process 0
+
+
+def job_endless(coordinator: str, processes: str, process: str) -> None:
+    distributed.start((coordinator, int(processes), int(process)), heartbeat_seconds=10)
+    with distributed.leaving_together():
+        while True:
+            sum_of_devices()
+            print("a step", flush=True)
+            time.sleep(0.05)
+
+
+def job_found() -> None:
+    distributed.start()
+    with distributed.leaving_together():
+        print(f"process {jax.process_index()} of {jax.process_count()}: {sum_of_devices()}")
+
+
+def sum_of_devices() -> float:
+    """Of the numbers of all devices, from 0."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    numbers = np.arange(jax.device_count(), dtype=np.float32)
+    sharded = jax.make_array_from_callback(
+        numbers.shape, jax.NamedSharding(mesh, jax.P("data")), lambda index: numbers[index]
+    )
+    total = jax.jit(
+        jax.shard_map(lambda x: jax.lax.psum(x.sum(), "data"), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P())
+    )
+    return float(total(sharded))
+
+
+def listening(port: int) -> Iterator[str]:
+    """The addresses, as Linux writes them, on which someone listens on a port."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, _, of_port = local.partition(":")
+            if int(of_port, 16) == port and state == "0A":
+                yield address
+
+
+# The tests.
+
+
+def test_processes_join_and_agree_and_the_first_goes_first(tmp_path: Path) -> None:
+    with several(2, "agreeing", tmp_path) as running:
+        ended = [one.end() for one in running]
+    for i, one in enumerate(ended):
+        assert one.code == 1, one
+        assert f"devices 4 first {i == 0}\n" in one.stdout
+        assert "sum 6.0\n" in one.stdout
+        differ = [line for line in one.stdout.splitlines() if line.startswith("agree: ")]
+        assert 'process 1 has data="1 of many ' in differ[0]
+        assert 'process 0 has data="0 of many ' in differ[0]
+        assert differ[0].endswith("; start all with the same command and data")
+        assert len(differ[0]) < 300
+        assert differ[1].startswith("agree: process 1 has no lr, process 0 has lr=0.1; ")
+    assert "\nmade\n" in ended[0].stdout
+    assert "\nfound\n" in ended[1].stdout
+    if sys.platform == "linux":
+        assert re.search(r"listens on \['\w*0100007F'\]", ended[0].stdout)  # 127.0.0.1
+    assert "OSError: the disk is full" in ended[0].stderr
+    assert "RuntimeError: process 0 failed: OSError: the disk is full" in ended[1].stderr
+
+
+def test_slurm_is_found_and_the_job_ends(tmp_path: Path) -> None:
+    with several(2, "found", tmp_path, *launched(SLURM, "SLURM_PROCID", "SLURM_LOCALID")) as running:
+        ended = [one.end() for one in running]
+    for i, one in enumerate(ended):
+        assert one.code == 0, one
+        assert f"process {i} of 2: 6.0" in one.stdout
+
+
+def test_open_mpi_is_found_and_an_error_in_one_ends_all_also_those_inside_a_collective(tmp_path: Path) -> None:
+    environments = launched(OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    with several(2, "failing", tmp_path, *environments) as running:
+        first, second = (one.end() for one in running)
+    assert (first.code, second.code) == (1, 1), (first, second)
+    assert "Traceback" in first.stderr
+    assert "process 1: process 0 failed: OSError: the disk is full; leaving with exit code 1" in second.stderr
+
+
+def launched(launcher: dict[str, str], *numbers: str) -> list[dict[str, str]]:
+    """What a launcher tells two processes, on a port of this machine alone."""
+    port = str(free_port())
+    local = {"JAX_COORDINATOR_PORT": port, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
+    return [launcher | local | dict.fromkeys(numbers, str(i)) for i in range(2)]
+
+
+@pytest.mark.parametrize(("count", "victim"), [(4, 2), (2, 0)], ids=["one of four", "the first"])
+def test_when_a_process_is_killed_the_others_leave_and_name_it(count: int, victim: int, tmp_path: Path) -> None:
+    with several(count, "endless", tmp_path) as running:
+        for one in running:
+            one.wait_for("a step")
+        running[victim].process.kill()
+        others = [one.end() for one in running if one is not running[victim]]
+    for one in others:
+        # JAX ends a process by SIGABRT when its heartbeats or the coordinator's connection tell it first.
+        if one.code == 75:
+            assert f"lost process {victim}" in one.stderr
+        else:
+            assert one.code == -6, one
+            assert ("leader task" if victim == 0 else f"stopped sending heartbeats):\n{victim}\n") in one.stderr
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What JAX was asked to join, in an environment without launchers."""
+    for name in os.environ:
+        if name.startswith(LAUNCHERS):
+            monkeypatch.delenv(name)
+    calls: list[dict[str, Any]] = []
+
+    def initialize(*arguments: object, **options: object) -> None:
+        calls.append({"arguments": arguments, **options})
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return calls
+
+
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "192.0.2.1"}
+TPU = {"TPU_ML_PLATFORM": "JAX"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        (SLURM, True),
+        ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_NUM_TASKS"}, True),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc's shell, in a job of two tasks
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, False),
+        ({name: value for name, value in SLURM.items() if "STEP" not in name}, False),  # sbatch's script, without srun
+        (OPEN_MPI, True),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        (KUBERNETES, False),
+        (KUBERNETES | {"JOB_COMPLETION_INDEX": "0"}, True),
+        (TPU, True),
+        (TPU | {"TPU_SKIP_MDS_QUERY": "1"}, False),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ],
+)
+def test_jax_is_asked_to_find_the_others_only_where_a_launcher_started_some(
+    environment: dict[str, str], joins: bool, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.start(heartbeat_seconds=7)
+    assert [call["arguments"] for call in started] == [()] * joins
+    assert all(call["heartbeat_timeout_seconds"] == 7 for call in started)
+
+
+def test_an_open_mpi_that_jax_does_not_know_is_refused(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="give join"):
+        distributed.start()
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "bind"), [("127.0.0.1:1234", "127.0.0.1:1234"), ("localhost:1234", "localhost:1234"), ("a:1", None)]
+)
+def test_a_local_run_listens_on_this_machine_alone(
+    coordinator: str, bind: str | None, started: list[dict[str, Any]]
+) -> None:
+    distributed.start((coordinator, 2, 0))
+    assert started[0]["arguments"] == (coordinator, 2, 0)
+    assert started[0]["coordinator_bind_address"] == bind
+
+
+@pytest.mark.parametrize(
+    ("join", "message"),
+    [
+        (("a", 2, 0), "coordinator is 'a'; it must be HOST:PORT"),
+        (("a:1", 2, 2), "process 2 of 2"),
+        (("a:1", 2, -1), "process -1 of 2"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused(
+    join: tuple[str, int, int], message: str, started: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        distributed.start(join)
+    assert not started
+
+
+def test_alone_nothing_changes(started: list[dict[str, Any]]) -> None:
+    distributed.start(("a:1", 1, 0))
+    assert not started
+    assert distributed.first()
+    distributed.agree(anything=object())
+    assert distributed.first_then_rest(lambda: "made") == "made"
+    with pytest.raises(OSError, match="the disk is full"), distributed.leaving_together():
+        fail()
+
+
+if __name__ == "__main__":
+    globals()[f"job_{sys.argv[1]}"](*sys.argv[2:])
