@@ -152,7 +152,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     [
         ({"heads": 3}, "width 128 is not divisible by 3 heads"),
         ({"tokens_per_batch": 500}, "500 tokens per batch is not a positive multiple"),
-        ({"microbatches": 3}, "not divisible into 3 microbatches"),
+        ({"microbatches": 3}, "not divisible over 8 devices in 3 microbatches"),
         ({"tokens_per_batch": 256 * 4}, "a batch of 4 rows is not divisible over 8 devices"),
         ({"row_lengths": (1,)}, r"row lengths \[1\]"),
         ({"save_every": 0}, "must be 1 or more"),
