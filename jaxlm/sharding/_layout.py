@@ -53,7 +53,8 @@ class Layout:
         """A sharding for each array of a `TrainState`: what the optimizer keeps of a parameter lies as that does.
 
         Works for any transformation: `init` is traced with types that say how each array is divided, and what it makes
-        of them says so too.
+        of them says so too. Where they don't fit, as in a reshape of what is divided, an array with the name and the
+        shape of a parameter lies as that does, and any other lies whole on every device.
 
         Args:
             optimizer: the whole chain.
@@ -67,10 +68,24 @@ class Layout:
             found = x.sharding
             return NamedSharding(self.mesh, found.spec if isinstance(found, NamedSharding) else PartitionSpec())
 
-        with jax.sharding.use_abstract_mesh(typed.abstract_mesh):
-            opt_state = jax.eval_shape(optimizer.init, jax.tree.map(divided, self.shapes, self.specs))
+        try:
+            with jax.sharding.use_abstract_mesh(typed.abstract_mesh):
+                opt_state = jax.eval_shape(optimizer.init, jax.tree.map(divided, self.shapes, self.specs))
+            opt_state = jax.tree.map(sharding, opt_state)
+        except Exception:  # JAX has no public name for that of its types; any other is raised again here
+            opt_state = self._by_name(jax.eval_shape(optimizer.init, self.shapes))
         step: Any = replicated(self.mesh)
-        return TrainState(step, self.params, jax.tree.map(sharding, opt_state))
+        return TrainState(step, self.params, opt_state)
+
+    def _by_name(self, opt_state: Any) -> Any:
+        shapes, specs = tree.named_leaves(self.shapes), tree.named_leaves(self.specs)
+
+        def sharding(name: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
+            of = [param for param in shapes if f"/{param}/" in f"/{name}/" and shapes[param].shape == x.shape]
+            return NamedSharding(self.mesh, specs[max(of, key=len)] if of else PartitionSpec())
+
+        named = tree.named_leaves(opt_state)
+        return jax.tree.unflatten(jax.tree.structure(opt_state), [sharding(*item) for item in named.items()])
 
 
 def lay_out(
