@@ -132,7 +132,7 @@ def describe(
     stacked = tree.named_leaves(layout.stacked)
     reasons = {
         name: "a vector" if len(shapes[name].shape) - stacked[name] < 2 else f"no dimension that {data} divides is free"
-        for name in (undivided(layout) if layout.zero else ())
+        for name in (undivided(layout) if layout.zero and data > 1 else ())
     }
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     title = f"{tree.size(layout.shapes):,} parameters, {mesh.size} devices ({axes}), ZeRO {layout.zero}; on each:"

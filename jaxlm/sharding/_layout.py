@@ -107,7 +107,7 @@ def lay_out(
     | 3      | divided over `data`         | layer by layer               | divided                 |
 
     A matrix is divided along its first dimension that `data` divides and no rule has given away; the layer axis of a
-    stacked one is none. Vectors stay whole.
+    stacked one is none. Vectors stay whole, and everything where `data` is one device.
 
     Args:
         params: the parameters or their shapes.
@@ -138,7 +138,7 @@ def lay_out(
     def divide(shape: jax.ShapeDtypeStruct, spec: PartitionSpec, is_stacked: bool) -> PartitionSpec:
         axes = [axis if axis in mesh.shape else None for axis in spec]
         axes += [None] * (len(shape.shape) - len(spec))
-        if zero and "data" not in axes and len(axes) - is_stacked > 1:
+        if zero and mesh.shape["data"] > 1 and "data" not in axes and len(axes) - is_stacked > 1:
             for i in range(is_stacked, len(axes)):
                 if axes[i] is None and shape.shape[i] % mesh.shape["data"] == 0:
                     axes[i] = "data"
