@@ -2,8 +2,13 @@
 
 import collections
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxlm import grads, hlo, losses, optim, sharding, train
+from jaxlm import distributed, grads, hlo, losses, optim, sharding, train, tree
 from jaxlm.compiled import donating
 from jaxlm.types import Batch, LossFn, Params
 
@@ -116,8 +121,8 @@ def _muon(layout: sharding.Layout | None, **options: Any) -> optax.GradientTrans
     )
 
 
-def run(make_optimizer: Any, layout: sharding.Layout | None, microbatches: int = 1) -> tuple[Params, Params]:
-    """Parameters and optimizer state after some steps; without a layout on one device, in one batch."""
+def run(make_optimizer: Any, layout: sharding.Layout | None, microbatches: int = 1) -> Params:
+    """Parameters after some steps; without a layout on one device, in one batch."""
     optimizer = make_optimizer(layout)
     if layout is None:
         grad_fn = jax.value_and_grad(model(), has_aux=True)
@@ -133,7 +138,7 @@ def run(make_optimizer: Any, layout: sharding.Layout | None, microbatches: int =
     *_, (state, _) = train.fit(step, state, given)
     if layout is not None:
         jax.tree.map(lambda x, s: _assert_lies(x, s), state, shardings)
-    return jax.device_get(state.params), jax.device_get(state.opt_state)
+    return sharding.to_host(state.params)
 
 
 def _assert_lies(x: jax.Array, sharding: jax.sharding.Sharding) -> None:
@@ -172,11 +177,53 @@ FEW = {("adamw", *case[1:]) for case in CASES[::5]} | {
 def test_a_run_is_the_same_on_one_device_and_on_many(
     name: str, zero: int, mesh: str, microbatches: int, alone: Callable[[str], Any]
 ):
-    found, _ = run(OPTIMIZERS[name], lay_out(mesh, zero), microbatches)
-    expected, _ = alone(name)
+    assert_close(run(OPTIMIZERS[name], lay_out(mesh, zero), microbatches), alone(name), name)
+
+
+def assert_close(found: Params, expected: Params, name: str) -> None:
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), found, expected)
     # SOAP's bases turn within what belongs to nearly equal eigenvalues by as much as rounding says.
     assert max(jax.tree.leaves(differences)) <= (1e-4 if name == "soap" else 1e-6), differences
+
+
+PROCESS = """
+import sys
+from jaxlm import distributed
+coordinator, process, folder = sys.argv[1:]
+distributed.start((coordinator, 2, int(process)))
+import test_zero
+with distributed.leaving_together():
+    test_zero.run_each(folder)
+"""
+
+
+def run_each(folder: str) -> None:
+    """A run of each optimizer, in turn with each stage, mesh and number of microbatches."""
+    for i, name in enumerate(OPTIMIZERS):
+        found = run(OPTIMIZERS[name], lay_out(list(MESHES)[i % 3], i % 4), (1, 4)[i % 2])
+        if distributed.first():
+            np.savez(Path(folder) / name, **tree.named_leaves(found))
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_in_two_processes(tmp_path: Path, alone: Callable[[str], Any]):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(Path(__file__).parent)}
+    environment.pop("NPROC", None)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, coordinator, str(i), str(tmp_path)], env=environment)
+        for i in range(2)
+    ]
+    try:
+        assert [process.wait(900) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for name in OPTIMIZERS:
+        with np.load(tmp_path / f"{name}.npz") as found:
+            assert_close(dict(found), tree.named_leaves(alone(name)), name)
 
 
 class Compiled(NamedTuple):
