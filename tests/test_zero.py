@@ -326,3 +326,25 @@ def test_what_is_described_is_what_is_compiled(zero: int, mesh: str):
             found[c.kind, c.devices] += c.nbytes * (L if c.in_loop else 1)
     scalars = 64  # the global norm's, the metrics
     assert all(said[key] <= found[key] <= said[key] + scalars for key in said | found)
+
+
+@pytest.mark.parametrize(("zero", "mesh"), [(0, "8"), (1, "2x4"), (3, "4x2 model"), (3, "8")])
+def test_a_loss_alone_is_that_of_one_device(zero: int, mesh: str):
+    layout = lay_out(mesh, zero)
+    wrap_layer = grads.gather_layers(layout, "blocks") if zero == 3 else None
+    parallel = jax.jit(grads.parallel_loss(model(wrap_layer), layout))
+    placed, batch = jax.device_put(params(), layout.params), batches(1)[0]
+    found = jax.device_get(parallel(placed, batch, KEY))
+    expected = jax.device_get(model()(params(), batch, KEY))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+def test_layers_of_another_name_are_refused():
+    with pytest.raises(ValueError, match=r"no 'layers', only \['blocks', 'embed', 'head'\]"):
+        grads.gather_layers(lay_out("8", 3), "layers")
+
+
+def test_less_than_one_microbatch_is_refused():
+    for zero in range(4):
+        with pytest.raises(ValueError, match="0 microbatches; use 1 or more"):
+            grads.data_parallel(jax.value_and_grad(model(), has_aux=True), lay_out("8", zero), microbatches=0)
