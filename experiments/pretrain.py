@@ -61,19 +61,19 @@ class Config:
 
 
 def main(config: Config) -> None:
-    folder, first, one_writes = Path("runs") / config.name, distributed.first(), distributed.first_then_rest
+    folder, first, by_first = Path("runs") / config.name, distributed.first(), distributed.by_first
+    config = dataclasses.replace(config, join=None)
+    distributed.agree(**dataclasses.asdict(config))
     if config.smoke:
         config = dataclasses.replace(config, layers=1, width=16, steps=2)
-        folder = Path(tempfile.mkdtemp()) / "smoke"
+        folder = Path(by_first(tempfile.mkdtemp)) / "smoke"
     if min(config.steps, config.save_every, config.tokens_per_batch) < 1:
         raise ValueError(f"steps, save-every and tokens-per-batch must be 1 or more: {config}")
-    options = dataclasses.asdict(dataclasses.replace(config, join=None))
-    distributed.agree(**options)
-    one_writes(lambda: metrics.open_run(folder, options, __file__))
+    by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__)))
     train.keep_programs()
     tokenizer = data.ByteTokenizer()
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
-    path = one_writes(lambda: data.cached_corpus(folder / "corpus", texts, tokenizer, heldout=config.heldout))
+    path = by_first(lambda: str(data.cached_corpus(folder / "corpus", texts, tokenizer, heldout=config.heldout)))
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
     rows = config.row_lengths, config.tokens_per_batch, config.seed
     batches = data.Batches(corpus, data.bucket(corpus.lengths, *rows), count=config.steps)

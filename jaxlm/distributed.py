@@ -121,36 +121,36 @@ def agree(**values: object) -> None:
             raise ValueError(f"agree: {who}; start all with the same command and data")
 
 
-def first_then_rest(make: Callable[[], T]) -> T:
-    """Lets process 0 make something in a shared folder, which the others then find made. All must call it.
+def by_first(make: Callable[[], T]) -> T:
+    """Lets process 0 alone make something in a shared folder, and tells all where it is. All must call it.
 
     Args:
-        make: makes it, or finds it made. On CPUs JAX lets the others wait for 30 minutes.
+        make: returns what JSON can say, such as a path. On CPUs JAX lets the others wait for 30 minutes.
 
     Returns:
-        What `make` returned in this process.
+        What `make` returned in process 0.
 
     Raises:
         RuntimeError: in the others, if it failed in process 0, where its own error is raised.
 
-    >>> first_then_rest(lambda: "made")
+    >>> by_first(lambda: "made")
     'made'
     """
     if jax.process_count() == 1:
         return make()
-    made: list[T] = []
+    made: T | None = None
     error: Exception | None = None
     if first():
         try:
-            made.append(make())
+            made = make()
         except Exception as raised:
             error = raised
-    failure = _exchange(error and f"{type(error).__name__}: {error}")[0]
+    failure, told = _exchange([error and f"{type(error).__name__}: {error}", made])[0]
     if error is not None:
         raise error
     if failure is not None:
         raise RuntimeError(f"process 0 failed: {failure}")
-    return made[0] if made else make()
+    return told
 
 
 @contextlib.contextmanager
@@ -179,7 +179,9 @@ def leaving_together() -> Generator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
+        # Gloo's errors come as ValueError from where a program is run at once.
         of_all = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
+        of_all = of_all or (isinstance(error, ValueError) and ": Gloo " in str(error))
         _leave("" if of_all else f"{type(error).__name__}: {error}")
     finally:
         done.set()

@@ -105,18 +105,10 @@ def job_agreeing(coordinator: str, processes: str, process: str) -> None:
                 distributed.agree(**values)
             except ValueError as error:
                 print(error)
-        print(distributed.first_then_rest(make_or_find))
+        print(distributed.by_first(lambda: f"made by {process}"))
         if process == "0":
             print("listens on", sorted(listening(int(coordinator.rpartition(":")[2]))))
-        distributed.first_then_rest(fail)
-
-
-def make_or_find() -> str:
-    if Path("made").exists():
-        return "found"
-    time.sleep(0.5)
-    Path("made").touch()
-    return "made"
+        distributed.by_first(fail)
 
 
 def fail() -> None:
@@ -180,14 +172,13 @@ def test_processes_join_and_agree_and_the_first_goes_first(tmp_path: Path) -> No
         assert one.code == 1, one
         assert f"devices 4 first {i == 0}\n" in one.stdout
         assert "sum 6.0\n" in one.stdout
+        assert "\nmade by 0\n" in one.stdout
         differ = [line for line in one.stdout.splitlines() if line.startswith("agree: ")]
         assert 'process 1 has data="1 of many ' in differ[0]
         assert 'process 0 has data="0 of many ' in differ[0]
         assert differ[0].endswith("; start all with the same command and data")
         assert len(differ[0]) < 300
         assert differ[1].startswith("agree: process 1 has no lr, process 0 has lr=0.1; ")
-    assert "\nmade\n" in ended[0].stdout
-    assert "\nfound\n" in ended[1].stdout
     if sys.platform == "linux":
         assert re.search(r"listens on \['\w*0100007F'\]", ended[0].stdout)  # 127.0.0.1
     assert "OSError: the disk is full" in ended[0].stderr
@@ -326,7 +317,7 @@ def test_alone_nothing_changes(started: list[dict[str, Any]]) -> None:
     assert not started
     assert distributed.first()
     distributed.agree(anything=object())
-    assert distributed.first_then_rest(lambda: "made") == "made"
+    assert distributed.by_first(lambda: "made") == "made"
     with pytest.raises(OSError, match="the disk is full"), distributed.leaving_together():
         fail()
 

@@ -1,0 +1,233 @@
+"""The main job as several processes: the curve of one device, also after a loss; none waits for one that disagrees."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from jaxlm import data
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 150  # seconds for a whole run
+HEARTBEAT = 30  # seconds, as in pretrain.py, which keeps the default of `distributed.start`
+STEPS = 20
+SMALL = [
+    "--layers=1",
+    "--width=16",
+    "--row-lengths=64",
+    "--tokens-per-batch=512",
+    "--microbatches=1",
+    "--save-every=10",
+    f"--steps={STEPS}",
+]
+NOT_OURS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_", "NPROC")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)} | {
+    "JAX_PLATFORMS": "cpu",
+    "JAXLM_CACHE": str(ROOT / ".cache"),
+    "COLUMNS": "200",
+}
+
+
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    def end(self, code: int | None = 0, *, within: float = PATIENCE) -> tuple[str, str]:
+        """What it has said on stdout and stderr; code None: any but 0."""
+        ended = self.process.wait(within)
+        assert ended == code if code is not None else ended, (ended, self.out.read_text(), self.err.read_text())
+        return self.out.read_text(), self.err.read_text()
+
+
+@contextmanager
+def started(
+    folders: Sequence[Path], text: str | Path, *options: str, devices: int, last: Sequence[str] = ()
+) -> Generator[list[Running]]:
+    """One run of a process in each of the folders, the last one with options of its own too."""
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{some.getsockname()[1]}"
+    running: list[Running] = []
+    try:
+        for i, folder in enumerate(folders):
+            own = last if i == len(folders) - 1 else ()
+            join = ["--join", where, str(len(folders)), str(i)]
+            script = [sys.executable, str(ROOT / "experiments" / "pretrain.py"), "--text", str(text)]
+            out, err = folder / f"{i}.out", folder / f"{i}.err"
+            with out.open("wb") as stdout, err.open("wb") as stderr:
+                process = subprocess.Popen(
+                    [*script, *SMALL, *options, *own, *join],
+                    cwd=folder,
+                    env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices)},
+                    stdout=stdout,
+                    stderr=stderr,
+                )
+            running.append(Running(process, out, err))
+        yield running
+    finally:
+        for one in running:
+            one.process.kill()
+            one.process.wait()
+
+
+def write_text(folder: Path, period: int) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(80):
+        (folder / f"{i}.txt").write_text("".join(f"{i * j % period} times {j} " for j in range(i % 30 + 5)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("pods") / "text", 17)
+
+
+@pytest.fixture(scope="module")
+def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run of one process with one device, never interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    with started([folder], text, devices=1) as (one,):
+        one.end()
+    return folder / "runs" / "pretrain"
+
+
+def check_same_run(ours: Path, theirs: Path) -> None:
+    """That a run's folder holds what the other's does, each step once."""
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        assert [line["step"] for line in lines(ours / name)] == list(range(1, STEPS + 1))
+    # float32 gives 3e-7: what differs is the order of sums alone, over rows and over devices.
+    for one, other in zip(lines(ours / "metrics.jsonl"), lines(theirs / "metrics.jsonl"), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    one, other = (json.loads((run / "results.json").read_text()) for run in (ours, theirs))
+    assert one["held-out bits per byte"] == other["held-out bits per byte"]
+    for folder in (".", "checkpoints"):
+        assert sorted(path.name for path in (ours / folder).iterdir()) == sorted(
+            path.name for path in (theirs / folder).iterdir()
+        )
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def said(out: str) -> list[str]:
+    """The lines of a process but for Gloo's, some of which are torn by its threads."""
+    return [line for line in out.splitlines() if line and "peer ranks" not in line]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param("--zero 0", marks=pytest.mark.slow),
+        "--zero 1",
+        pytest.param("--zero 2", marks=pytest.mark.slow),
+        pytest.param("--zero 3", marks=pytest.mark.slow),
+        pytest.param("--zero 1 --mesh 2 -1 2", marks=pytest.mark.slow),
+        pytest.param("--zero 3 --mesh 2 -1 2", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_with_four_devices_each_have_the_curve_of_one_device(
+    options: str, straight: Path, text: Path, tmp_path: Path
+) -> None:
+    with started([tmp_path] * 2, text, *options.split(), devices=4) as (first, second):
+        out, _ = first.end()
+        others, _ = second.end()
+    assert " 8 devices" in out
+    assert out.count(f"{STEPS}/{STEPS}") == out.count("Look at ") == 1
+    assert not said(others)
+    check_same_run(tmp_path / "runs" / "pretrain", straight)
+
+
+@pytest.mark.slow
+def test_when_one_of_four_is_killed_the_others_leave_and_any_number_of_devices_goes_on(
+    straight: Path, text: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    run = killed / "runs" / "pretrain"
+    with started([killed] * 4, text, devices=2) as running:
+        deadline = time.monotonic() + PATIENCE
+        while not ((run / "checkpoints/10/commit_success.txt").exists() and len(lines(run / "metrics.jsonl")) > 12):
+            assert all(one.process.poll() is None for one in running), [one.err.read_text() for one in running]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running[2].process.kill()
+        deadline = time.monotonic() + HEARTBEAT + 15
+        for one in (running[0], running[1], running[3]):
+            _, err = one.end(None, within=deadline - time.monotonic())
+            # 75, or JAX's SIGABRT, if its heartbeats tell first
+            assert "lost process 2;" in err or "stopped sending heartbeats):\n2\n" in err, err
+            assert one.process.returncode in (75, -signal.SIGABRT)
+    begun = lines(run / "timing.jsonl")[:10]
+    assert 12 < len(lines(run / "metrics.jsonl")) < STEPS
+    for processes, devices in ((2, 4), (1, 8)):
+        folder = tmp_path / str(processes)
+        shutil.copytree(killed, folder)
+        with started([folder] * processes, text, devices=devices) as again:
+            for one in again:
+                one.end()
+        assert lines(folder / "runs/pretrain/timing.jsonl")[:10] == begun  # it went on, and didn't begin anew
+        check_same_run(folder / "runs" / "pretrain", straight)
+
+
+def test_another_option_in_one_process_is_refused_in_all(text: Path, tmp_path: Path) -> None:
+    with started([tmp_path] * 2, text, devices=1, last=["--steps=25"]) as running:
+        for one in running:
+            _, err = one.end(1, within=60)
+            assert "agree: process 1 has steps=25, process 0 has steps=20; start all with the same command" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("has", "message"),
+    [
+        pytest.param("another corpus", "agree: process 1 has data=", id="another corpus"),
+        pytest.param("no corpus", "runs/pretrain/corpus is not a corpus", id="folder not shared"),
+    ],
+)
+def test_another_folder_in_one_process_ends_all(has: str, message: str, tmp_path: Path) -> None:
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder, period in zip(folders, (17, 13), strict=True):
+        texts = data.text_files(write_text(folder / "text", period))
+    if has == "another corpus":
+        data.write_corpus(folders[1] / "runs" / "pretrain" / "corpus", texts, data.ByteTokenizer())
+    with started(folders, "text", devices=1) as (first, second):
+        _, err = first.end(1, within=60)
+        assert message in err
+        assert "process 1" in err
+        _, err = second.end(1, within=60)
+        assert message in err
+        assert "process 1" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_local_launcher_runs_two_steps(processes: int, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [ROOT / "experiments" / "launch" / "local.sh", str(processes), "--smoke"],
+        env=ENVIRONMENT | {"PYTHON": sys.executable, "JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    assert f" {processes} devices" in output
+    assert output.count("2/2") == output.count("Look at ") == 1
