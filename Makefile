@@ -60,6 +60,7 @@ bench: setup ## train steps and optimizers against baselines, each in one run
 
 audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none of which is needed
 	.venv-ahead/bin/python benchmarks/traffic.py
+	.venv-ahead/bin/python benchmarks/zero.py $(ARGS)
 
 .venv-ahead/ready: requirements.lock pyproject.toml
 	@echo "Setting up .venv-ahead (once, some minutes)"

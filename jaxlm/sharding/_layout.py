@@ -46,8 +46,11 @@ class Layout:
 
     @property
     def banks(self) -> NamedSharding:
-        """Of what is worked on matrix by matrix, each on one device: for Muon's `bank_sharding`."""
-        return NamedSharding(self.mesh, PartitionSpec("data"))
+        """Of what is worked on matrix by matrix, each on one device: for Muon's `bank_sharding`.
+
+        With stage 0 every device works on all of them: to bring the results together would send more than a step does.
+        """
+        return NamedSharding(self.mesh, PartitionSpec("data") if self.zero else PartitionSpec())
 
     def state(self, optimizer: optax.GradientTransformation) -> TrainState:
         """A sharding for each array of a `TrainState`: what the optimizer keeps of a parameter lies as that does.
