@@ -136,7 +136,7 @@ def memory_entry(case: Case, program: Compiled) -> Entry:
         "over_described": (found.argument_size_in_bytes - batch) / lasting - 1,
         "temporaries": found.temp_size_in_bytes,
         "paper_during_step": (2 / (n if case.zero > 2 else 1) + 4 / (n if case.zero > 1 else 1)) * params,
-        "described_during_step": described["parameters brought together"] + described["gradients"],
+        "described_during_step": described["parameters in use"] + described["gradients, at most"],
         "peak": found.peak_memory_in_bytes or None,
         "total": total,
         "fits": max(total, found.peak_memory_in_bytes) <= MEMORY[case.chip],

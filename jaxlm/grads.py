@@ -134,17 +134,24 @@ def parallel_loss(loss_fn: LossFn, layout: Layout, *, dtype: jax.typing.DTypeLik
 
 
 def gather_layers(
-    layout: Layout, name: str, *, dtype: jax.typing.DTypeLike | None = None
+    layout: Layout,
+    name: str,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    policy: Callable[..., bool] | None = None,
 ) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Brings a layer's parameters together right before it is computed: for stage 3, inside the model.
 
     Each is gathered in `dtype`, and its gradient reduce-scattered in float32, where the layer is computed. For the
-    backward pass it is gathered again rather than kept.
+    backward pass it is gathered again rather than kept, by `jax.checkpoint`; to compute the layer again too, give this
+    its policy rather than call that once more.
 
     Args:
         layout: what `sharding.lay_out` returned for the whole model.
         name: of the subtree that holds the stacked layers, such as `"blocks"`.
         dtype: what parameters are rounded to before they travel; None: they aren't.
+        policy: what else to keep for the backward pass, one of `jax.checkpoint_policies`; None: everything but the
+            parameters.
 
     Returns:
         A wrapper of the function `layer(params, *args)`, whose parameters are a pytree with as many leaves, in the same
@@ -170,7 +177,7 @@ def gather_layers(
         def gathering(params: Any, *args: Any) -> T:
             return layer(gather(params), *args)
 
-        return jax.checkpoint(gathering, policy=_keep_activations)
+        return jax.checkpoint(gathering, policy=policy or _keep_activations)
 
     return wrap
 
@@ -207,7 +214,8 @@ def _scatter(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
     def scatter(x: jax.Array) -> jax.Array:
         return jax.lax.psum_scatter(x, "data", scatter_dimension=spec.index("data"), tiled=True)
 
-    return _along_model(scatter, spec)(grad.astype(jnp.float32))
+    # Behind the barrier, lest XLA add up the microbatches' whole gradients first, as it does on TPUs.
+    return jax.lax.optimization_barrier(_along_model(scatter, spec)(grad.astype(jnp.float32)))
 
 
 def _gathered(param: jax.Array, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None) -> jax.Array:

@@ -41,7 +41,8 @@ class Description:
 
     title: str
     nbytes: dict[str, int]
-    """Of what lies on each device: `parameters` and `optimizer state` always, the others during the step."""
+    """Of what lies on each device: `parameters` and `optimizer state` always; during the step also those in use,
+    rounded and brought together, and gradients, of which XLA may send some before it makes others."""
     transfers: list[Transfer]
     """What `grads.data_parallel` sends; not what the optimizer reduces, nor activations over `model`."""
     whole: dict[str, str]
@@ -98,27 +99,31 @@ def describe(
     def used(name: str) -> int:
         return width(name, dtype or shapes[name].dtype)
 
+    def casts(name: str) -> bool:
+        return used(name) != width(name, shapes[name].dtype)
+
+    def exact(name: str) -> int:
+        return width(name, jnp.float32)
+
     top = [name for name in shapes if divided[name] and not by_layer[name]]
     layered = [name for name in shapes if by_layer[name]]
     whole = [name for name in shapes if not divided[name]]
+    one_layer = sum(used(name) // shapes[name].shape[0] for name in layered)
+    # In float32, over microbatches; those of one are made in the dtype of use.
+    sums = sum(
+        exact(name) // (data if divided[name] and (layout.zero > 1 or microbatches == 1) else 1) for name in shapes
+    )
     state = jax.eval_shape(optimizer.init, layout.shapes)
     state_shardings = layout.state(optimizer).opt_state
     nbytes = {
         "parameters": sum(own(shapes[name], NamedSharding(mesh, specs[name])) for name in shapes),
         "optimizer state": sum(jax.tree.leaves(jax.tree.map(own, state, state_shardings))),
-        "parameters brought together": sum(map(used, top))
-        + sum(used(name) // shapes[name].shape[0] for name in layered),
-        "gradients": sum(
-            width(name, jnp.float32) // (data if layout.zero > 1 and divided[name] else 1) for name in shapes
-        ),
+        "parameters in use": sum(map(used, top)) + one_layer + sum(used(name) for name in whole if casts(name)),
+        "gradients, at most": sum(map(used, [*top, *whole])) + one_layer + sums,
     }
-    in_loop = microbatches if layout.zero > 1 else 1
 
     def transfer(kind: str, names: list[str], nbytes: Callable[[str], int], times: int, devices: int) -> Transfer:
         return Transfer(kind, names, times, sum(map(nbytes, names)), devices)
-
-    def exact(name: str) -> int:
-        return width(name, jnp.float32)
 
     in_loop = microbatches if layout.zero > 1 else 1
     transfers = [
