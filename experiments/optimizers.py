@@ -66,7 +66,7 @@ def main(config: Config) -> None:
         config = dataclasses.replace(config, layers=1, width=16, row_length=32, tokens_per_batch=64, steps=2, seeds=2)
         folder = Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+    train.keep_programs()
     path = data.python_library_corpus(CACHE, data.ByteTokenizer())
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
     layout = [config.row_length], config.tokens_per_batch, 0

@@ -41,13 +41,21 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """The bytes that each device sends by the ring algorithm.
+        """The bytes that each device sends, see `sent`."""
+        return sent(self.kind, self.nbytes, self.devices)
 
-        With n devices that is (n-1)/n of the array, twice for an all-reduce. A permutation sends all of it.
-        """
-        if self.kind == "collective-permute":
-            return float(self.nbytes)
-        return (2 if self.kind == "all-reduce" else 1) * self.nbytes * (self.devices - 1) / self.devices
+
+def sent(kind: str, nbytes: int, devices: int) -> float:
+    """The bytes that each device sends by the ring algorithm.
+
+    With n devices that is (n-1)/n of the array, twice for an all-reduce. A permutation sends all of it.
+
+    >>> sent("all-reduce", 800, 8)
+    1400.0
+    """
+    if kind == "collective-permute":
+        return float(nbytes)
+    return (2 if kind == "all-reduce" else 1) * nbytes * (devices - 1) / devices
 
 
 def collectives(program: str) -> list[Collective]:

@@ -28,7 +28,13 @@ LAYERS = [
     ["train", "range_test", "evaluate", "checkpoint", "metrics", "generate", "report"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-WITHIN_A_LAYER = {("generate", "checkpoint"), ("report", "metrics"), ("range_test", "train"), ("grads", "sharding")}
+WITHIN_A_LAYER = {
+    ("generate", "checkpoint"),
+    ("report", "metrics"),
+    ("range_test", "train"),
+    ("grads", "sharding"),
+    ("sharding", "hlo"),
+}
 DOORS = {
     "flax": "jaxlm/models/",
     "orbax": "jaxlm/checkpoint.py",

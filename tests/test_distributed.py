@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from ports import free_port
 
 if __name__ == "__main__":  # the processes import what they need: all of jaxlm would take each two seconds more
     sys.modules["jaxlm"] = package = ModuleType("jaxlm")
@@ -59,12 +59,6 @@ class Running(NamedTuple):
     def end(self) -> Ended:
         code = self.process.wait(PATIENCE)
         return Ended(code, (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return some.getsockname()[1]
 
 
 @contextmanager

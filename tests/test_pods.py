@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from ports import free_port
 
 from jaxlm import data
 
@@ -55,9 +55,7 @@ def started(
     folders: Sequence[Path], text: str | Path, *options: str, devices: int, last: Sequence[str] = ()
 ) -> Generator[list[Running]]:
     """One run of a process in each of the folders, the last one with options of its own too."""
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{some.getsockname()[1]}"
+    where = f"127.0.0.1:{free_port()}"
     running: list[Running] = []
     try:
         for i, folder in enumerate(folders):

@@ -4,7 +4,6 @@ import collections
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from ports import free_port
 
 from jaxlm import distributed, grads, hlo, losses, optim, sharding, train, tree
 from jaxlm.compiled import donating
@@ -207,9 +207,7 @@ def run_each(folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_the_same_in_two_processes(tmp_path: Path, alone: Callable[[str], Any]):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(Path(__file__).parent)}
     environment.pop("NPROC", None)
     processes = [

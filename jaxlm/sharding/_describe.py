@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from jaxlm import tree
+from jaxlm import hlo, tree
 from jaxlm.sharding._layout import Layout, undivided
 
 
@@ -31,8 +31,7 @@ class Transfer(NamedTuple):
     @property
     def sent(self) -> float:
         """The bytes that each device sends in a step, by the ring algorithm."""
-        rounds = 2 if self.kind == "all-reduce" else 1
-        return self.times * rounds * self.nbytes * (self.devices - 1) / self.devices
+        return self.times * hlo.sent(self.kind, self.nbytes, self.devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,13 +135,14 @@ def lay_out(
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     layers = stacked(shapes) if stacked else jax.tree.map(lambda _: False, shapes)
     given = tree.labels(shapes, rules or {".*": PartitionSpec()})
-    for name, spec in tree.named_leaves(given).items():
-        _check_rule(name, tree.named_leaves(shapes)[name].shape, spec, mesh)
+    for (name, shape), spec in zip(tree.named_leaves(shapes).items(), jax.tree.leaves(given), strict=True):
+        _check_rule(name, shape.shape, spec, mesh)
+    divides = zero > 0 and mesh.shape["data"] > 1
 
     def divide(shape: jax.ShapeDtypeStruct, spec: PartitionSpec, is_stacked: bool) -> PartitionSpec:
         axes = [axis if axis in mesh.shape else None for axis in spec]
         axes += [None] * (len(shape.shape) - len(spec))
-        if zero and mesh.shape["data"] > 1 and "data" not in axes and len(axes) - is_stacked > 1:
+        if divides and "data" not in axes and len(axes) - is_stacked > 1:
             for i in range(is_stacked, len(axes)):
                 if axes[i] is None and shape.shape[i] % mesh.shape["data"] == 0:
                     axes[i] = "data"
@@ -153,7 +154,7 @@ def lay_out(
     specs = jax.tree.map(divide, shapes, given, layers)
     layout = Layout(mesh, zero, shapes, specs, layers)
     whole = undivided(layout)
-    if zero and mesh.shape["data"] > 1 and sum(whole.values()) > tolerance * tree.nbytes(shapes):
+    if divides and sum(whole.values()) > tolerance * tree.nbytes(shapes):
         largest = sorted(whole, key=lambda name: -whole[name])[:3]
         raise ValueError(
             f"lay_out: {sum(whole.values()) / tree.nbytes(shapes):.0%} of the parameters can't be divided over "
