@@ -62,6 +62,17 @@ class Contestant:
     """How far its steps may be from the reference's, see `disagreement`."""
 
 
+def step_of(tx: optax.GradientTransformation) -> Callable[[tuple[Any, Any], Any], tuple[Any, Any]]:
+    """Update and apply, `step((params, state), grads) -> (params, state)`: what is measured."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(at: tuple[Any, Any], grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, at[1], at[0])
+        return optax.apply_updates(at[0], updates), state
+
+    return step
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
     """Contestants whose turns are next to each other: one optimizer."""

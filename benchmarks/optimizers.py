@@ -22,7 +22,6 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import machine
-import optax
 from optimizer_pairs import (
     CHECKED_STEPS,
     SCALES,
@@ -37,6 +36,7 @@ from optimizer_pairs import (
     normal,
     select,
     size_in_bytes,
+    step_of,
 )
 from rich.console import Console
 from rich.table import Table
@@ -85,11 +85,7 @@ class Runner:
 
     def __init__(self, contestant: Contestant, params: Any):
         self.contestant, self.turns = contestant, Turns()
-        tx = optax.with_extra_args_support(contestant.make())
-
-        def step(at: tuple[Any, Any], grads: Any) -> tuple[Any, Any]:
-            updates, state = tx.update(grads, at[1], at[0])
-            return optax.apply_updates(at[0], updates), state
+        tx = contestant.make()
 
         def start(params: Any) -> tuple[Any, Any]:
             return jax.tree.map(jnp.copy, params), tx.init(params)
@@ -97,7 +93,7 @@ class Runner:
         self.start = start  # not compiled, or XLA would take its time to work out the zeros in it
         shapes = jax.eval_shape(start, params)
         begun = time.perf_counter()
-        self.step = jax.jit(step, donate_argnums=0).lower(shapes, params).compile()
+        self.step = jax.jit(step_of(tx), donate_argnums=0).lower(shapes, params).compile()
         self.compile_seconds = time.perf_counter() - begun
         self.state_bytes = size_in_bytes(shapes[1])
         memory: Any = self.step.memory_analysis()

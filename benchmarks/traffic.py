@@ -12,9 +12,8 @@ from typing import Any, Final
 import ahead
 import jax
 import machine
-import optax
 from jax.sharding import SingleDeviceSharding
-from optimizer_pairs import TREES, Contestant, groups, least_bytes, size_in_bytes
+from optimizer_pairs import TREES, Contestant, groups, least_bytes, size_in_bytes, step_of
 from rich.console import Console
 from rich.table import Table
 
@@ -52,15 +51,10 @@ def moved_bytes(program: str) -> int:
 
 def compiled(contestant: Contestant, params: Any, sharding: SingleDeviceSharding) -> tuple[Any, int]:
     """Update and apply, with parameters and state donated, and the bytes of its state."""
-    tx = optax.with_extra_args_support(contestant.make())
-
-    def step(at: tuple[Any, Any], grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, at[1], at[0])
-        return optax.apply_updates(at[0], updates), state
-
+    tx = contestant.make()
     at = params, jax.eval_shape(tx.init, params)
     on_device = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (at, params))
-    return jax.jit(step, donate_argnums=0).lower(*on_device).compile(), size_in_bytes(at[1])
+    return jax.jit(step_of(tx), donate_argnums=0).lower(*on_device).compile(), size_in_bytes(at[1])
 
 
 def main() -> None:
