@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
     layout = [config.row_length], config.tokens_per_batch, 0
     batches = data.Batches(corpus, data.bucket(corpus.lengths, *layout), count=config.steps)
-    evaluated = data.Batches(heldout, data.bucket(heldout.lengths, *layout), count=2 if config.smoke else 64)
+    evaluated = data.Batches(heldout, data.bucket(heldout.lengths, *layout, passes=1), count=2 if config.smoke else 64)
     sizes: dict[str, Any] = {"layers": config.layers, "width": config.width, "heads": 2}
     init, apply = models.transformer(models.TransformerConfig(vocab=corpus.vocab, qk_norm=True, **sizes), unroll=True)
     loss_fn = losses.next_token(apply)

@@ -75,14 +75,15 @@ def main(config: Config) -> None:
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
     path = by_first(lambda: str(data.cached_corpus(folder / "corpus", texts, tokenizer, heldout=config.heldout)))
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
-    rows = config.row_lengths, config.tokens_per_batch, config.seed
-    batches = data.Batches(corpus, data.bucket(corpus.lengths, *rows), count=config.steps)
-    unseen = data.Batches(heldout, data.bucket(heldout.lengths, *rows))
+    cpu, mesh = jax.default_backend() == "cpu", sharding.mesh(*config.mesh)
+    by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
+    share = sharding.share(by_rows)
+    batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), count=config.steps, share=share)
+    unseen = data.Batches(heldout, data.bucket(heldout.lengths, *rows, passes=1), share=share)
     distributed.agree(data=batches.fingerprint)
     shape = models.TransformerConfig(
         vocab=corpus.vocab, layers=config.layers, width=config.width, heads=config.heads, qk_norm=True
     )
-    cpu, mesh = jax.default_backend() == "cpu", sharding.mesh(*config.mesh)
     dtype, microbatches = jnp.float32 if cpu else jnp.bfloat16, config.microbatches or 1 + (cpu and mesh.size == 1)
     init, apply = models.transformer(shape, unroll=True)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -99,9 +100,8 @@ def main(config: Config) -> None:
     muon = muon(schedule, orthogonalize=optim.newton_schulz(dtype=dtype), weight_decay=0.1)
     optimizer = optax.chain(optim.clip_by_global_norm(1.0), muon)
     if first:
-        print(f"{corpus.summary}, {batches.plan.real_share:.1%} of positions are text")
+        print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
         print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=microbatches))
-    by_rows = sharding.by_rows(mesh)
     place = partial(sharding.place, rows=by_rows)
     state = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))()
     step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), state, batches.specs(by_rows))
@@ -119,7 +119,7 @@ def main(config: Config) -> None:
         glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
         given = data.iterate(batches, start=done, place=place)
         with closing(given), metrics.Log(to, done, steps=config.steps) as log:
-            for state, measured in train.fit(step, state, itertools.takewhile(lambda _: not stopped(), given)):
+            for state, measured in train.fit(step, state, itertools.takewhile(lambda _: not stopped(), log.timed(given))):
                 log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
                 done, glance = done + 1, {}
                 if done % config.save_every == 0 and done < config.steps:

@@ -18,6 +18,7 @@ from jaxlm import precision as precision
 from jaxlm import range_test as range_test
 from jaxlm import schedules as schedules
 from jaxlm import sharding as sharding
+from jaxlm import stages as stages
 from jaxlm import train as train
 from jaxlm import tree as tree
 from jaxlm.types import Aux as Aux
@@ -26,5 +27,6 @@ from jaxlm.types import GradFn as GradFn
 from jaxlm.types import LossFn as LossFn
 from jaxlm.types import Metrics as Metrics
 from jaxlm.types import Params as Params
+from jaxlm.types import Static as Static
 from jaxlm.types import Step as Step
 from jaxlm.types import TrainState as TrainState

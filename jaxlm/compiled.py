@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.types import Batch
+from jaxlm.types import Batch, Static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,4 +51,7 @@ def donating(function: Callable[[Any, Batch], Any], first: Any) -> Any:
 
 def _signature(batch: Batch) -> str:
     """What programs are told apart by, and what a message shows: `lengths int32[16], tokens uint16[16,256]`."""
-    return ", ".join(f"{name} {x.dtype.name}{list(x.shape)}" for name, x in sorted(batch.items()))
+    return ", ".join(
+        f"{name} {x}" if isinstance(x, Static) else f"{name} {x.dtype.name}{list(x.shape)}"
+        for name, x in sorted(batch.items())
+    )

@@ -19,7 +19,8 @@ def next_token(apply: Callable[..., jax.Array]) -> LossFn:
     Args:
         apply: `apply(params, tokens [B T]) -> logits [B T V]`; for batches with `segments` it is called as
             `apply(params, tokens, segments=segments)` and must keep documents from seeing each other. Rows with
-            `lengths` need no such thing: a causal model sees the padding at a row's end from no real position.
+            `lengths` need no such thing: a causal model sees the padding at a row's end from no real position. For
+            batches with `window` it gets `window=`, an int.
 
     Returns:
         A loss function; its metrics hold `accuracy`.
@@ -27,9 +28,10 @@ def next_token(apply: Callable[..., jax.Array]) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
         del key
-        tokens = batch["tokens"].astype(jnp.int32)
+        inputs = batch.get("inputs", batch["tokens"]).astype(jnp.int32)
         context = {"segments": batch["segments"]} if "segments" in batch else {}
-        logits = apply(params, tokens, **context).astype(jnp.float32)
+        context |= {"window": batch["window"].value} if "window" in batch else {}
+        logits = apply(params, inputs, **context).astype(jnp.float32)
         targets, weights = next_tokens(batch)
         losses = cross_entropy(logits, targets)
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)

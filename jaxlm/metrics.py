@@ -8,12 +8,14 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+T = TypeVar("T")
 
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -65,7 +67,7 @@ def versions() -> dict[str, Any]:
 
 class Log:
     """Two files of JSON lines in a run's folder: `metrics.jsonl`, which is the same whenever and however often
-    interrupted a run is repeated, and `timing.jsonl`, the seconds that each step took.
+    interrupted a run is repeated, and `timing.jsonl`, the seconds that each step took and waited for its batch.
 
     Metrics are read one step late, so that the device always has a next step to go on with. The newest are shown in a
     progress line. Close the log when done, or use it in a `with` statement.
@@ -83,6 +85,7 @@ class Log:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._last = time.perf_counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
+        self._waited = 0.0
         self._latest = {"loss": math.nan, "heldout": math.nan}
         for line in kept[0] if kept else []:
             self._latest |= line
@@ -117,14 +120,27 @@ class Log:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        now = time.perf_counter()
-        for file, line in zip(self._files, (values, {"seconds": round(now - self._last, 6)}), strict=True):
+        now, waited, self._waited = time.perf_counter(), self._waited, 0.0
+        timing = {"seconds": round(now - self._last, 6), "waited": round(waited, 6)}
+        for file, line in zip(self._files, (values, timing), strict=True):
             file.write(json.dumps({"step": step, **line}) + "\n")
             file.flush()
         self._recent.append((values.get("weight", 0.0), now - self._last))
         self._last = now
         self._latest |= values
         self._show(step, in_full="heldout" in values)
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time that each is waited for is noted beside its step's."""
+        iterator = iter(batches)
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - begin
+            yield batch
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step out of the next one's seconds."""

@@ -83,10 +83,11 @@ def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, An
         axes.plot([line["step"] for line in timed], smooth([line["weight"] for line in timed], window) / spent)
         axes.set_ylim(0)
 
+    waiting = sum(line["waited"] for line in timing) / (sum(line["seconds"] for line in timing) or 1)
     panels: dict[str, Callable[[Axes], None]] = {
         "Loss": loss,
         "Learning rate": rate,
-        "Throughput: predicted real tokens per second": throughput,
+        f"Throughput: predicted real tokens per second ({waiting:.2%} of the time it waited for data)": throughput,
     }
     with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False}):
         figure = Figure(figsize=(9, 9), layout="constrained")

@@ -13,6 +13,7 @@ be added, over microbatches and over devices, and stay exact; means may not, as 
 numbers of real tokens. The step divides by the total weight, once.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -25,7 +26,9 @@ Params = Any
 Batch = Mapping[str, Any]
 """Arrays by name, on host or device: `tokens [B T]`, of any integer type, and at most one of these, which say which
 tokens are real (default: all): `lengths [B]`, one document a row, the padding at its end; `segments [B T]`, the number
-of each token's document within its row, counted from 1, with 0 for padding."""
+of each token's document within its row, counted from 1, with 0 for padding. Further, where there is need:
+`inputs [B T]`, what the model sees in place of the tokens that it predicts; `window`, a `Static` int, how far attention
+looks."""
 
 Metrics = dict[str, jax.Array]
 """Scalars by name."""
@@ -38,6 +41,17 @@ class Aux(NamedTuple):
     """float32 scalar: the weight that all the sums are over; the number of predicted tokens, if each has weight 1."""
     metrics: Metrics
     """Further sums over the same weight, float32 scalars: they are divided with the loss."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A value that a program is compiled for rather than given: part of a batch's shape, so to speak."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 @runtime_checkable

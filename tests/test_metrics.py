@@ -1,6 +1,8 @@
 """A run's record: the same lines however often the run was interrupted."""
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,6 +22,24 @@ def test_each_step_has_a_line_and_is_written_one_step_late(tmp_path: Path) -> No
             assert [line["step"] for line in lines(tmp_path)] == list(range(1, step))
     assert lines(tmp_path) == [{"step": step, "loss": step / 2, "weight": 10.0} for step in (1, 2, 3)]
     assert all(line["seconds"] >= 0 for line in lines(tmp_path, "timing"))
+
+
+def test_the_time_that_batches_are_waited_for_is_that_of_their_step(tmp_path: Path) -> None:
+    def batches() -> Iterator[int]:
+        for batch in range(3):
+            time.sleep(0.1 * batch)
+            yield batch
+
+    with metrics.Log(tmp_path, 0, steps=3) as log:
+        given = []
+        for step, batch in enumerate(log.timed(batches())):
+            given.append(batch)
+            log.write(step + 1, {"loss": 0.0})
+            log.flush()
+    assert given == [0, 1, 2]
+    waited = [line["waited"] for line in lines(tmp_path, "timing")]
+    assert waited[0] < 0.1 <= waited[1] < 0.2 <= waited[2]
+    assert all(line["waited"] <= line["seconds"] for line in lines(tmp_path, "timing"))
 
 
 @pytest.mark.parametrize("cut", ["", '{"step": 9, "lo'])

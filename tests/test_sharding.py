@@ -63,6 +63,37 @@ def test_rows_are_divided_in_order_over_all_but_the_model_s_axis(sizes: tuple[in
         assert {len(shard.data) for shard in shards} == {16 * copies // 8}
 
 
+class _Process:
+    """A sharding as one of several processes sees it."""
+
+    def __init__(self, rows: jax.sharding.NamedSharding, own: list[jax.Device]):
+        self.device_set, self.addressable_devices = rows.device_set, set(own)
+        self.devices_indices_map = rows.devices_indices_map
+
+
+@pytest.mark.parametrize(
+    ("sizes", "own", "expected"),
+    [
+        ((1, 8, 1), [0, 1, 2, 3], (0, 2)),
+        ((1, 8, 1), [6, 7], (3, 4)),
+        ((2, 4, 1), [4, 5, 6, 7], (1, 2)),
+        ((1, 4, 2), [4, 5], (2, 4)),
+        ((1, 2, 4), [2, 3], (0, 2)),  # another process has the same rows, for the other half of the model
+        ((1, 8, 1), list(range(8)), (0, 1)),
+        ((1, 8, 1), [0, 2], None),
+        ((1, 8, 1), [1, 2], None),
+    ],
+)
+def test_a_process_has_consecutive_rows(sizes: tuple[int, int, int], own: list[int], expected: Any):
+    rows = sharding.by_rows(sharding.mesh(*sizes))
+    process: Any = _Process(rows, [rows.mesh.devices.flat[i] for i in own])
+    if expected is None:
+        with pytest.raises(ValueError, match="rows of a process aren't consecutive"):
+            sharding.share.__wrapped__(process)
+    else:
+        assert sharding.share.__wrapped__(process) == expected
+
+
 def test_what_is_replicated_lies_whole_on_each_device_and_all_comes_back_to_the_host():
     mesh = sharding.mesh(devices=jax.devices()[:2])
     x = jax.device_put(jnp.arange(4.0), sharding.replicated(mesh))

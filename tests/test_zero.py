@@ -133,7 +133,9 @@ def run(make_optimizer: Any, layout: sharding.Layout | None, microbatches: int =
         grad_fn = grads.data_parallel(grad_fn, layout, microbatches=microbatches)
         shardings = layout.state(optimizer)
         state = jax.jit(lambda: train.start(params(), optimizer), out_shardings=shardings)()
-        given = [sharding.place(batch, sharding.by_rows(layout.mesh)) for batch in batches(STEPS)]
+        rows = sharding.by_rows(layout.mesh)
+        k, parts = sharding.share(rows)
+        given = [sharding.place(jax.tree.map(lambda x: np.split(x, parts)[k], batch), rows) for batch in batches(STEPS)]
     step = train.compile_step(train.make_step(grad_fn, optimizer, KEY), state, given[:1])
     *_, (state, _) = train.fit(step, state, given)
     if layout is not None:

@@ -1,14 +1,26 @@
 """From text to batches: the token store, the plan and the pipeline."""
 
+from jaxlm.data.augment import FillInTheMiddle as FillInTheMiddle
+from jaxlm.data.augment import TokenDropout as TokenDropout
 from jaxlm.data.corpus import Corpus as Corpus
 from jaxlm.data.corpus import cached_corpus as cached_corpus
 from jaxlm.data.corpus import open_corpus as open_corpus
 from jaxlm.data.corpus import python_library_corpus as python_library_corpus
 from jaxlm.data.corpus import write_corpus as write_corpus
+from jaxlm.data.describe import describe as describe
+from jaxlm.data.packing import best_fit as best_fit
+from jaxlm.data.packing import one_a_row as one_a_row
+from jaxlm.data.parts import Place as Place
 from jaxlm.data.pipeline import Batches as Batches
 from jaxlm.data.pipeline import iterate as iterate
-from jaxlm.data.plan import BucketPlan as BucketPlan
+from jaxlm.data.plan import Plan as Plan
 from jaxlm.data.plan import bucket as bucket
+from jaxlm.data.plan import concat as concat
+from jaxlm.data.plan import make_plan as make_plan
+from jaxlm.data.plan import pack as pack
+from jaxlm.data.plan import pad as pad
+from jaxlm.data.row_lengths import best_row_lengths as best_row_lengths
+from jaxlm.data.row_lengths import row_cost as row_cost
 from jaxlm.data.text import Document as Document
 from jaxlm.data.text import python_library as python_library
 from jaxlm.data.text import text_files as text_files

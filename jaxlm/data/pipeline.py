@@ -2,84 +2,217 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from jaxtyping import Integer
 
+from jaxlm.data.augment import Augment, Row
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.plan import BucketPlan
-from jaxlm.types import Batch
+from jaxlm.data.parts import Pieces, ranges
+from jaxlm.data.plan import Plan, Rows
+from jaxlm.types import Batch, Static
 
-HostBatch = dict[str, Integer[np.ndarray, "..."]]
+HostBatch = dict[str, Any]  # of NumPy arrays, and of what is static
+
+SHORT = 350  # tokens in a piece, on average, below which one gather is faster than a copy for each
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """The batches of a plan: a random-access source for grain, or for indexing.
 
-    Args:
-        corpus: where the tokens are.
-        plan: which of them go into which batch.
-        count: how many batches there are, counted over all epochs; None: one epoch.
-
-    `batches[i]` is `{"tokens": [B T], "lengths": [B]}`, the tokens in the corpus' dtype.
+    `batches[i]` is `{"tokens": [B T], "segments": [B T]}` if rows are packed, else `{"tokens": [B T], "lengths": [B]}`,
+    the tokens in the corpus' dtype. Targets and positions follow from these, and are made on the device.
 
     Raises:
-        ValueError: the plan is for a larger corpus.
+        ValueError: no count for an endless plan, or one beyond the plan's end; corpora that aren't the plan's, or of
+            different tokenizers; a share that there isn't.
     """
 
-    corpus: Corpus
-    plan: BucketPlan
+    corpora: Corpus | Mapping[str, Corpus]
+    """Where the tokens are: the corpora of the plan, by name if there are several."""
+    plan: Plan
     count: int | None = None
+    """How many batches there are; None: all of the plan's."""
+    augment: Sequence[Augment] = ()
+    """What changes rows, one after another; its randomness depends on nothing but plan, batch and row."""
+    share: tuple[int, int] = (0, 1)
+    """(k, n): of each batch only part k of n equal parts of its rows, as `sharding.share` gives a process its own."""
 
     def __post_init__(self):
-        end = int((self.plan.starts + self.plan.lengths).max())
-        if end > len(self.corpus.tokens):
-            raise ValueError(
-                f"Batches: the plan needs {end} tokens and {self.corpus.path} has {len(self.corpus.tokens)}"
-            )
+        ends = self.plan.count
+        if self.count is None and ends is None:
+            raise ValueError("Batches: the plan is endless; give a count")
+        if self.count is not None and (self.count < 0 or (ends is not None and self.count > ends)):
+            raise ValueError(f"Batches: the count is {self.count}; the plan has {ends or 'no end of'} batches")
+        if not 0 <= self.share[0] < self.share[1]:
+            raise ValueError(f"Batches: there is no part {self.share[0]} of {self.share[1]}; count from 0")
+        if list(self.plan.documents) != list(self._corpora):
+            raise ValueError(f"Batches: the corpora are {list(self._corpora)}, the plan's {list(self.plan.documents)}")
+        if len({(corpus.manifest["tokenizer"], corpus.vocab) for corpus in self._corpora.values()}) > 1:
+            raise ValueError(f"Batches: the corpora {list(self._corpora)} have different tokenizers; use one for all")
+        if not 0 <= self.vocab - 1 <= np.iinfo(self._dtype).max:
+            raise ValueError(f"Batches: augment has an id beyond {self._dtype}, the corpora's type of ids")
+        for rows, length in itertools.chain.from_iterable(self.plan.shapes):
+            if rows % self.share[1]:
+                raise ValueError(
+                    f"Batches: {rows} rows of {length} tokens can't be divided by {self.share[1]}; choose tokens per "
+                    f"batch of a multiple of {self.share[1]} rows"
+                )
+        for documents, corpus in zip(self.plan.documents.values(), self._corpora.values(), strict=True):
+            end = int(documents["start"][-1] + documents["length"][-1])
+            if end > len(corpus.tokens):
+                raise ValueError(f"Batches: the plan needs {end} tokens and {corpus.path} has {len(corpus.tokens)}")
 
     def __len__(self) -> int:
-        return self.plan.batches_per_epoch if self.count is None else self.count
+        count = self.plan.count if self.count is None else self.count
+        assert count is not None
+        return count
 
     def __iter__(self) -> Iterator[HostBatch]:
         return (self[index] for index in range(len(self)))
 
     @property
+    def vocab(self) -> int:
+        """One more than the largest id that the corpora and what is put into rows may have."""
+        ids = [id for augment in self.augment for id in augment.ids]
+        return 1 + max([next(iter(self._corpora.values())).vocab - 1, *ids])
+
+    @property
     def fingerprint(self) -> str:
         """Differs if any batch does."""
-        return f"{self.corpus.fingerprint}-{self.plan.fingerprint}"
+        about = repr(([corpus.fingerprint for corpus in self._corpora.values()], list(self.augment)))
+        return f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{self.plan.fingerprint}"
 
     def specs(self, sharding: jax.sharding.Sharding | None = None) -> list[Batch]:
-        """The shapes of every kind of batch, to compile for; on devices as `sharding` says."""
+        """The shapes of every kind of batch, to compile for; on devices as `sharding` says.
+
+        Raises:
+            ValueError: a batch whose rows the devices don't divide.
+        """
         shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-        return [
-            {"tokens": shape((rows, length), self.corpus.tokens.dtype), "lengths": shape((rows,), np.int32)}
-            for rows, length in self.plan.shapes
-        ]
+        found: dict[str, Batch] = {}
+        for stage, shapes in zip(self.plan.stages, self.plan.shapes, strict=True):
+            for rows, length in shapes:
+                if sharding is not None:
+                    _divide(rows, length, sharding)
+                batch: dict[str, Any] = {"tokens": shape((rows, length), self._dtype)}
+                if self.plan.packed:
+                    batch["segments"] = shape((rows, length), np.uint16)
+                else:
+                    batch["lengths"] = shape((rows,), np.int32)
+                if self.augment:
+                    batch["inputs"] = batch["tokens"]
+                if stage.window:
+                    batch["window"] = Static(stage.window)
+                found.setdefault(str((rows, length, stage.window)), batch)
+        return list(found.values())
 
     def __getitem__(self, index: int) -> HostBatch:
         """Gathers a batch.
 
         Raises:
             IndexError: `index` isn't below `len(batches)`.
-            ValueError: the corpus holds an id beyond its vocabulary. On a device it would silently be another's.
+            ValueError: a corpus holds an id beyond its vocabulary. On a device it would silently be another's.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        rows = self.plan.batch(index)
-        tokens = np.zeros((len(rows.starts), rows.row_length), self.corpus.tokens.dtype)
-        for row, start, length in zip(tokens, rows.starts, rows.lengths, strict=True):
-            row[:length] = self.corpus.tokens[start : start + length]
-        if tokens.max() >= self.corpus.vocab:
+        rows = self._own(self.plan.batch(index))
+        tokens = np.zeros((rows.num_rows, rows.row_length), self._dtype)
+        segments = np.zeros(tokens.shape, np.uint16) if self.plan.packed else None
+        numbers = 1 + np.arange(len(rows.row)) - np.searchsorted(rows.row, rows.row)  # of the document within its row
+        to = rows.row * rows.row_length + rows.at
+        if rows.pieces["length"].sum() < SHORT * len(to):
+            self._gather(rows.pieces, to, numbers, tokens, segments)
+        else:
+            self._copy(rows.pieces, to, numbers, tokens, segments)
+        vocab = next(iter(self._corpora.values())).vocab
+        if tokens.max() >= vocab:
+            paths = [str(corpus.path) for corpus in self._corpora.values()]
             raise ValueError(
-                f"batch {index} of {self.corpus.path} has the token id {tokens.max()}, beyond the vocabulary of "
-                f"{self.corpus.vocab}; the corpus is damaged: delete it, write it again"
+                f"batch {index} has the token id {tokens.max()}, beyond the vocabulary of {vocab}: one of the corpora "
+                f"{paths} is damaged: delete it, write it again"
             )
-        return {"tokens": tokens, "lengths": rows.lengths.astype(np.int32)}
+        batch: HostBatch = {"tokens": tokens}
+        if segments is None:
+            batch["lengths"] = np.zeros(rows.num_rows, np.int32)
+            batch["lengths"][rows.row] = rows.pieces["length"]
+        else:
+            batch["segments"] = segments
+        if self.augment:
+            batch["inputs"], batch["tokens"] = self._augmented(tokens, rows, index)
+        stage = self.plan.stages[self.plan.stage(index)]
+        return batch | ({"window": Static(stage.window)} if stage.window else {})
+
+    @functools.cached_property
+    def _corpora(self) -> Mapping[str, Corpus]:
+        return self.corpora if isinstance(self.corpora, Mapping) else {"text": self.corpora}
+
+    @functools.cached_property
+    def _tokens(self) -> list[Integer[np.ndarray, " T"]]:
+        """Of each corpus. A memmap's own slices would cost more than what they hold."""
+        return [np.asarray(corpus.tokens) for corpus in self._corpora.values()]
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return self._tokens[0].dtype
+
+    def _own(self, rows: Rows) -> Rows:
+        """This process' share of the rows."""
+        first, last = (rows.num_rows * k // self.share[1] for k in (self.share[0], self.share[0] + 1))
+        own = slice(*np.searchsorted(rows.row, [first, last]))
+        return Rows(last - first, rows.row_length, rows.pieces[own], rows.row[own] - first, rows.at[own])
+
+    def _copy(self, pieces: Pieces, to: Any, numbers: Any, tokens: Any, segments: Any) -> None:
+        """Fills rows piece by piece."""
+        tokens = tokens.reshape(-1)
+        columns = (pieces["source"], pieces["start"], pieces["length"], to, numbers)
+        for source, start, length, position, number in zip(*(column.tolist() for column in columns), strict=True):
+            tokens[position : position + length] = self._tokens[source][start : start + length]
+            if segments is not None:
+                segments.reshape(-1)[position : position + length] = number
+
+    def _gather(self, pieces: Pieces, to: Any, numbers: Any, tokens: Any, segments: Any) -> None:
+        """Fills rows with all pieces at once."""
+        lengths = pieces["length"].astype(np.int64)
+        positions = ranges(to, lengths)
+        for source, corpus in enumerate(self._tokens):
+            of_this = pieces["source"] == source
+            those = slice(None) if of_this.all() else np.repeat(of_this, lengths)
+            tokens.reshape(-1)[positions[those]] = corpus[ranges(pieces["start"][of_this], lengths[of_this])]
+        if segments is not None:
+            segments.reshape(-1)[positions] = np.repeat(numbers.astype(np.uint16), lengths)
+
+    def _augmented(self, tokens: Integer[np.ndarray, "B T"], rows: Rows, index: int) -> tuple[Any, Any]:
+        """What the model sees and what it predicts, row by row."""
+        inputs, tokens = tokens.copy(), tokens.copy()
+        first = self.share[0] * rows.num_rows
+        for row in range(rows.num_rows):
+            these = rows.row == row
+            bounds = np.stack([rows.at[these], rows.at[these] + rows.pieces["length"][these]], axis=1)
+            changed = Row(inputs[row], tokens[row], bounds)
+            seed = np.random.SeedSequence(self.plan.seed, spawn_key=(3, index, first + row))
+            rng = np.random.Generator(np.random.Philox(seed))
+            for augment in self.augment:
+                changed = augment(changed, rng)
+            inputs[row], tokens[row] = changed.inputs, changed.tokens
+        return inputs, tokens
+
+
+def _divide(rows: int, length: int, sharding: jax.sharding.Sharding) -> None:
+    try:
+        sharding.shard_shape((rows, length))
+    except ValueError:
+        raise ValueError(
+            f"Batches: {rows} rows of {length} tokens can't be divided over {len(sharding.device_set)} devices; "
+            "choose more tokens per batch, with a multiple of as many rows"
+        ) from None
 
 
 def iterate(
@@ -92,7 +225,7 @@ def iterate(
     Args:
         batches: a source.
         start: the index of the first batch to give.
-        place: puts a batch onto devices, such as `lambda batch: jax.device_put(batch, by_rows(mesh))`.
+        place: puts a batch onto devices, such as `functools.partial(sharding.place, rows=by_rows(mesh))`.
         prefetch: how many batches to prepare ahead.
     """
     # Threads to read with would cost 30 times the reading: the file is memory-mapped.

@@ -1,132 +1,278 @@
-"""Which tokens go into which row of which batch: pure functions of document lengths and a seed.
+"""Which tokens go into which row of which batch: pure functions of document lengths, stages and a seed.
 
 Rows come in a few lengths, and every batch has the same number of positions, so a step costs about the same whichever
 it gets and a program is compiled for each length only. As batch i depends on nothing but the plan, a run resumes from
-one integer and needs no communication between hosts.
+one integer, on any number of hosts, and these need no communication to have the same shape at the same step.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxlm import stages as staging
+from jaxlm.data import parts
+from jaxlm.data.packing import best_fit, one_a_row
+from jaxlm.data.parts import PIECE, Part, Pieces, Place, Start, ranges
+from jaxlm.stages import Stage
+
+Lengths = Int[np.ndarray, " D"]
+
+KEPT = 8  # parts whose beginnings are remembered, for going back a little
+_PLANNING = threading.RLock()  # one thread may prepare batches while another evaluates
+
 
 class Rows(NamedTuple):
-    """What one batch holds: row r has the tokens from `starts[r]` to `starts[r] + lengths[r]`, and padding after."""
+    """What one batch holds: piece p is in row `row[p]` from position `at[p]` on; all else is padding."""
 
-    starts: Int[np.ndarray, " B"]
-    """Into the corpus' tokens."""
-    lengths: Int[np.ndarray, " B"]
-    """Real tokens; 0 for a row that is all padding."""
+    num_rows: int
     row_length: int
-    """Positions in each row."""
-
-
-class Bucket(NamedTuple):
-    """The pieces that go into rows of one length."""
-
-    row_length: int
-    pieces: Int[np.ndarray, " P"]
+    pieces: Pieces
+    """By row and position."""
+    row: Int[np.ndarray, " P"]
+    at: Int[np.ndarray, " P"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BucketPlan:
-    """One piece of a document a row, in the shortest row that holds it. Made by `bucket`."""
-
-    starts: Int[np.ndarray, " P"]
-    lengths: Int[np.ndarray, " P"]
-    buckets: tuple[Bucket, ...]
-    """Those that hold anything, shortest rows first."""
-    tokens_per_batch: int
-    seed: int
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Rows and row length of every kind of batch in the plan."""
-        return [(self.tokens_per_batch // bucket.row_length, bucket.row_length) for bucket in self.buckets]
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return sum(-(-len(bucket.pieces) // rows) for bucket, (rows, _) in zip(self.buckets, self.shapes, strict=True))
-
-    @property
-    def real_share(self) -> float:
-        """The share of an epoch's positions that hold real tokens; the rest is padding."""
-        return int(self.lengths.sum()) / (self.batches_per_epoch * self.tokens_per_batch)
-
-    @property
-    def fingerprint(self) -> str:
-        """Differs if any batch does."""
-        digest = hashlib.sha256(json.dumps([self.shapes, self.seed]).encode())
-        digest.update(self.starts.tobytes())
-        digest.update(self.lengths.tobytes())
-        return digest.hexdigest()[:16]
-
-    def batch(self, index: int) -> Rows:
-        """Batch `index`, counted over all epochs; each epoch holds every piece once, in an order of its own."""
-        epoch, place = divmod(index, self.batches_per_epoch)
-        row_length, pieces = _epoch(self, epoch)[place]
-        empty = np.zeros(self.tokens_per_batch // row_length - len(pieces), np.int64)
-        starts, lengths = (np.concatenate([column[pieces], empty]) for column in (self.starts, self.lengths))
-        return Rows(starts, lengths, row_length)
-
-
-def bucket(lengths: Int[np.ndarray, " D"], row_lengths: Iterable[int], tokens_per_batch: int, seed: int) -> BucketPlan:
-    """Length-bucketed rows: no attention across documents, little padding, and short rows cost little attention.
-
-    Documents longer than the longest row are cut into pieces that overlap by one token, so every token but the first
-    of each document is predicted exactly once an epoch. What doesn't fill a batch goes into one with empty rows.
-
-    Args:
-        lengths: tokens in each document, which follow one another in the corpus.
-        row_lengths: the lengths that rows may have; 1 to 6 of them.
-        tokens_per_batch: positions in each batch, a multiple of every row length.
-        seed: orders pieces and batches; 0 or more.
+class Plan:
+    """The batches of a run, by number. Made by `pack`, `bucket`, `pad` and `concat`.
 
     Raises:
-        ValueError: no document has two tokens, so that there is nothing to predict; row lengths below 2, more than 6,
-            or that don't divide `tokens_per_batch`; a negative seed.
-
-    >>> plan = bucket(np.array([3, 9, 4]), row_lengths=[4, 8], tokens_per_batch=16, seed=0)
-    >>> plan.shapes, plan.batches_per_epoch, plan.starts, plan.lengths
-    ([(4, 4), (2, 8)], 2, array([ 0,  3, 10, 12]), array([3, 8, 2, 4]))
+        ValueError: what those say.
     """
-    lengths = np.asarray(lengths, np.int64)
-    row_lengths = sorted({int(length) for length in row_lengths})
-    if not 1 <= len(row_lengths) <= 6 or row_lengths[0] < 2:
-        raise ValueError(f"bucket: row lengths {row_lengths}; use 1 to 6 of them, each 2 or more")
-    if wrong := [length for length in row_lengths if tokens_per_batch < 1 or tokens_per_batch % length]:
-        raise ValueError(
-            f"bucket: {tokens_per_batch} tokens per batch is not a positive multiple of the row lengths {wrong}"
-        )
-    if seed < 0:
-        raise ValueError(f"bucket: the seed is {seed}; use 0 or more")
-    stride = row_lengths[-1] - 1
-    counts = np.maximum(-(-(lengths - 1) // stride), 0)
-    if not counts.any():
-        raise ValueError(f"bucket: none of {len(lengths)} documents has two tokens, so there is nothing to predict")
-    document = np.repeat(np.arange(len(lengths)), counts)
-    within = stride * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
-    starts = (np.cumsum(lengths) - lengths)[document] + within
-    pieces = np.minimum(lengths[document] - within, row_lengths[-1])
-    which = np.searchsorted(row_lengths, pieces)
-    buckets = tuple(
-        Bucket(row_length, np.flatnonzero(which == i)) for i, row_length in enumerate(row_lengths) if (which == i).any()
-    )
-    return BucketPlan(starts, pieces, buckets, int(tokens_per_batch), int(seed))
+
+    documents: Mapping[str, Pieces]
+    """Those of each corpus in which there is something to predict."""
+    stages: tuple[Stage, ...]
+    place: Place
+    seed: int
+    passes: int | None
+    """How often each document comes; None: for ever."""
+    too_short: Mapping[str, int]
+    """Documents of each corpus that have less than two tokens, and so nothing to predict: they are left out."""
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**128:
+            raise ValueError(f"plan: the seed is {self.seed}; use 0 or more")
+        for name, documents in self.documents.items():
+            if not len(documents):
+                raise ValueError(f"plan: no document of {name!r} has two tokens, so that there is nothing to predict")
+        for stage in self.stages:
+            if stage.weights is not None and stage.weights.keys() != self.documents.keys():
+                raise ValueError(f"plan: weights of {sorted(stage.weights)} for the corpora {sorted(self.documents)}")
+        ends = staging.steps(self.stages)
+        if self.passes is not None and (self.passes < 1 or ends != [None] or self.stages[0].weights):
+            raise ValueError(
+                f"plan: {self.passes} passes; use 1 or more, for a single stage that has no end and no weights"
+            )
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents."""
+        return self.place is best_fit
+
+    @functools.cached_property
+    def count(self) -> int | None:
+        """How many batches there are; None: endless."""
+        if self.passes is None:
+            return None if self.stages[-1].until_tokens is None else sum(filter(None, staging.steps(self.stages)))
+        *_, last = self.parts()
+        return last.start.batch + len(last.batches)
+
+    @functools.cached_property
+    def shapes(self) -> list[list[tuple[int, int]]]:
+        """Rows and row length of every kind of batch that each stage may have, shortest rows first."""
+        found: list[list[tuple[int, int]]] = []
+        pieces = np.empty(0, PIECE)  # of earlier stages may wait for a later one
+        for stage in self.stages:
+            pieces = parts.cut(np.concatenate([pieces, *self.documents.values()]), stage.row_lengths[-1])
+            pieces = pieces[np.unique(pieces["length"], return_index=True)[1]]
+            used = set(np.searchsorted(stage.row_lengths, pieces["length"]).tolist())
+            found.append([shape for i, shape in enumerate(stage.shapes) if i in used])
+        return found
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Differs if any batch does."""
+        stages = [dataclasses.asdict(stage) for stage in self.stages]
+        about = [self.place.__name__, stages, self.seed, self.passes, list(self.documents)]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        for documents in self.documents.values():
+            digest.update(documents.tobytes())
+        return digest.hexdigest()[:16]
+
+    def stage(self, index: int) -> int:
+        """The number of the stage that batch `index` belongs to."""
+        ends = np.cumsum([np.inf if steps is None else steps for steps in staging.steps(self.stages)])
+        return int(np.searchsorted(ends, index, "right"))
+
+    def batch(self, index: int) -> Rows:
+        """What batch `index` holds.
+
+        Raises:
+            IndexError: it is below 0, or the plan ends before it.
+        """
+        part = self._part_with(index)
+        row_length, rows = part.batches[index - part.start.batch]
+        begins, counts = part.begins[rows], part.begins[rows + 1] - part.begins[rows]
+        which = ranges(begins, counts)
+        num_rows = self.stages[part.start.stage].tokens_per_batch // row_length
+        return Rows(num_rows, row_length, part.pieces[which], np.repeat(np.arange(len(rows)), counts), part.at[which])
+
+    def parts(self) -> Iterator[Part]:
+        """What is planned together, one after another."""
+        number = 0
+        while (part := self._part(number)) is not None:
+            yield part
+            number += 1
+
+    @functools.cached_property
+    def _starts(self) -> dict[int, Start | None]:
+        """Where parts begin, by their numbers: the first and the last few that were planned."""
+        return {0: Start(taken=(0,) * len(self.documents), owed=(0.0,) * len(self.documents))}
+
+    @functools.cached_property
+    def _planned(self) -> Callable[[int], Part]:
+        """The part of that number, whose beginning is known."""
+
+        @functools.lru_cache(maxsize=4)
+        def planned(number: int) -> Part:
+            start = self._starts[number]
+            assert start is not None
+            return parts.part(self, start)
+
+        return planned
+
+    def _part(self, number: int) -> Part | None:
+        with _PLANNING:
+            known = max(n for n in self._starts if n <= number)
+            while known < number and self._starts[known] is not None:
+                known += 1
+                self._starts[known] = self._planned(known - 1).after
+                self._starts.pop(known - KEPT if known > KEPT else -1, None)
+            return None if self._starts[known] is None else self._planned(number)
+
+    def _part_with(self, index: int) -> Part:
+        with _PLANNING:
+            number = max(
+                (n for n, start in self._starts.items() if start is not None and start.batch <= index), default=0
+            )
+            while index >= 0 and (part := self._part(number)) is not None:
+                if index < part.start.batch + len(part.batches):
+                    return part
+                number += 1
+        raise IndexError(f"batch {index} of a plan that has {self.count} of them")
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch(plan: BucketPlan, epoch: int) -> list[tuple[int, Int[np.ndarray, " B"]]]:
-    """The row length and the pieces of every batch of an epoch."""
-    rng = np.random.default_rng(np.random.SeedSequence(plan.seed, spawn_key=(epoch,)))
-    batches: list[tuple[int, Int[np.ndarray, " B"]]] = []
-    for (rows, row_length), bucket in zip(plan.shapes, plan.buckets, strict=True):
-        pieces = rng.permutation(bucket.pieces)
-        batches += [(row_length, pieces[i : i + rows]) for i in range(0, len(pieces), rows)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+def make_plan(
+    lengths: Lengths | Mapping[str, Lengths],
+    stages: Stage | Sequence[Stage],
+    place: Place,
+    *,
+    seed: int = 0,
+    passes: int | None = None,
+) -> Plan:
+    """What `pack` and `bucket` are made with: any rule of what goes into which row, and any stages.
+
+    Documents longer than the longest row are cut into pieces that overlap by one token, so every token but the first
+    of each document is predicted exactly once an epoch.
+
+    Args:
+        lengths: tokens in each document, which follow one another in their corpus; of several corpora by their names.
+        stages: what batches are like, and for how long.
+        place: `packing.best_fit` or `packing.one_a_row`.
+        seed: orders documents, rows and batches; 0 or more.
+        passes: how often each document comes. Then batches that aren't full have empty rows, and the plan ends: for
+            evaluation. None: epochs follow without end, and what doesn't fill a batch waits for the next one.
+
+    Raises:
+        ValueError: a corpus without a document of two tokens, so that there is nothing to predict; a negative seed;
+            stages of which one but the last has no end, or whose weights name other corpora; less than one pass, or
+            passes of more than a single stage without end and weights.
+    """
+    named = lengths if isinstance(lengths, Mapping) else {"text": lengths}
+    documents: dict[str, Pieces] = {}
+    too_short: dict[str, int] = {}
+    for source, (name, each) in enumerate(named.items()):
+        each = np.asarray(each, np.int64)
+        found = np.empty(len(each), PIECE)
+        found["source"], found["length"], found["start"] = source, each, np.cumsum(each) - each
+        documents[name] = found[each >= 2]
+        too_short[name] = len(each) - len(documents[name])
+    stages = (stages,) if isinstance(stages, Stage) else tuple(stages)
+    return Plan(documents, stages, place, int(seed), passes, too_short)
+
+
+def pack(
+    lengths: Lengths | Mapping[str, Lengths],
+    row_lengths: Sequence[int],
+    tokens_per_batch: int,
+    seed: int = 0,
+    *,
+    passes: int | None = None,
+) -> Plan:
+    """Length-bucketed packing: rows of a few lengths, each filled with whole documents.
+
+    A document goes where it leaves the least space, or else into a new row, the shortest that holds it: with 4 lengths
+    some 0.998 of all positions hold real tokens, and short documents cost little attention. Documents in a row don't
+    see each other, if the model heeds a batch's `segments`.
+
+    Args, errors: as `make_plan`; `row_lengths` and `tokens_per_batch` as in `Stage`.
+
+    >>> plan = pack(np.array([3, 7, 4, 5]), row_lengths=[4, 8], tokens_per_batch=8, passes=1)
+    >>> plan.shapes, plan.count, [plan.batch(i).pieces["length"].tolist() for i in range(3)]
+    ([[(2, 4), (1, 8)]], 3, [[7], [5, 3], [4]])
+    """
+    return make_plan(lengths, Stage(row_lengths, tokens_per_batch), best_fit, seed=seed, passes=passes)
+
+
+def bucket(
+    lengths: Lengths | Mapping[str, Lengths],
+    row_lengths: Sequence[int],
+    tokens_per_batch: int,
+    seed: int = 0,
+    *,
+    passes: int | None = None,
+) -> Plan:
+    """Length-bucketed rows: one piece of a document in each, in the shortest row that holds it.
+
+    For models that can't keep documents in a row apart, and for evaluation; `best_row_lengths` chooses the lengths.
+
+    Args, errors: as `make_plan`; `row_lengths` and `tokens_per_batch` as in `Stage`.
+    """
+    return make_plan(lengths, Stage(row_lengths, tokens_per_batch), one_a_row, seed=seed, passes=passes)
+
+
+def pad(
+    lengths: Lengths | Mapping[str, Lengths],
+    row_length: int,
+    tokens_per_batch: int,
+    seed: int = 0,
+    *,
+    passes: int | None = None,
+) -> Plan:
+    """One piece of a document a row, and all rows equally long: what everything else is measured against."""
+    return bucket(lengths, [row_length], tokens_per_batch, seed, passes=passes)
+
+
+def concat(
+    lengths: Lengths | Mapping[str, Lengths],
+    row_length: int,
+    tokens_per_batch: int,
+    seed: int = 0,
+    *,
+    passes: int | None = None,
+) -> Plan:
+    """Each corpus as one long document, cut into rows: none is padded, documents are cut, and rows see across them.
+
+    As nanoGPT, GPT-3 and most others do; for comparison.
+    """
+    named = lengths if isinstance(lengths, Mapping) else {"text": lengths}
+    joined = {name: np.array([np.sum(each, dtype=np.int64)]) for name, each in named.items()}
+    return bucket(joined, [row_length], tokens_per_batch, seed, passes=passes)

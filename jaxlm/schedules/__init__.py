@@ -16,6 +16,7 @@ values, and the algebra puts together what is missing here:
 
 from jaxlm.schedules._compose import by_tokens as by_tokens
 from jaxlm.schedules._compose import clipped as clipped
+from jaxlm.schedules._compose import in_stages as in_stages
 from jaxlm.schedules._compose import piecewise as piecewise
 from jaxlm.schedules._compose import piecewise_constant as piecewise_constant
 from jaxlm.schedules._compose import scaled as scaled

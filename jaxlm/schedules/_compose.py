@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxlm import stages as staging
 from jaxlm.schedules._shapes import Piece, constant, linear
 from jaxlm.schedules._steps import LAST, Schedule, Value, counted, whole
 
@@ -129,6 +130,30 @@ def by_tokens(schedule: Schedule, tokens_per_step: int, *, unit: int, ramp: Sequ
         before += steps * tokens
     count = sequence(*parts, then=_units(before, tokens_per_step, unit, LAST))
     return lambda step: schedule(count(step))
+
+
+def in_stages(schedule: Schedule, stages: Sequence[staging.Stage], *, unit: int) -> Schedule:
+    """A schedule over tokens for a run in stages: it counts each stage's batches, and is scaled as the stage says.
+
+    Args:
+        schedule: its steps are units of tokens.
+        stages: those of the plan.
+        unit: tokens in a unit, as in `by_tokens`.
+
+    Raises:
+        ValueError: as `stages.steps` and `by_tokens`.
+
+    >>> from jaxlm.stages import Stage
+    >>> stages = [Stage([64], 1000, until_tokens=10_000, learning_rate=0.5), Stage([64], 4000)]
+    >>> [float(in_stages(linear(64, 0, 64), stages, unit=1000)(step)) for step in (0, 5, 10, 20)]
+    [32.0, 29.5, 54.0, 14.0]
+    """
+    counts = staging.steps(stages)
+    ramp = [(count, stage.tokens_per_batch) for stage, count in zip(stages, counts, strict=True) if count is not None]
+    firsts = itertools.accumulate((count for count, _ in ramp), initial=0)
+    scales = {first: stage.learning_rate for first, stage in zip(firsts, stages, strict=False)}
+    over_tokens = by_tokens(schedule, stages[-1].tokens_per_batch, unit=unit, ramp=ramp[: len(stages) - 1])
+    return scaled(over_tokens, piecewise_constant(scales))
 
 
 def _units(before: int, tokens: int, unit: int, steps: int) -> Schedule:

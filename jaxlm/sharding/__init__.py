@@ -13,4 +13,5 @@ from jaxlm.sharding._mesh import mesh as mesh
 from jaxlm.sharding._mesh import place as place
 from jaxlm.sharding._mesh import replicated as replicated
 from jaxlm.sharding._mesh import row_axes as row_axes
+from jaxlm.sharding._mesh import share as share
 from jaxlm.sharding._mesh import to_host as to_host

@@ -63,14 +63,39 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place(batch: Mapping[str, np.ndarray], rows: NamedSharding) -> dict[str, jax.Array]:
-    """Puts a batch that every process has onto the devices, each process its own rows, with no communication.
+def share(rows: NamedSharding) -> tuple[int, int]:
+    """(k, n): this process' rows of any batch are part k of n equal ones.
 
     Args:
-        batch: arrays whose first axis are rows.
+        rows: what `by_rows` makes.
+
+    Raises:
+        ValueError: they aren't consecutive; give the mesh its devices process by process.
+    """
+    devices = len(rows.device_set)
+    of_devices = rows.devices_indices_map((devices,))
+    own = {of_devices[device][0].indices(devices)[:2] for device in rows.addressable_devices}
+    first, last = min(begin for begin, _ in own), max(end for _, end in own)
+    if sum(end - begin for begin, end in own) != last - first or first % (last - first) or devices % (last - first):
+        raise ValueError(
+            "share: the rows of a process aren't consecutive; give the mesh its devices process by process"
+        )
+    return first // (last - first), devices // (last - first)
+
+
+def place(batch: Mapping[str, Any], rows: NamedSharding) -> dict[str, Any]:
+    """Puts a batch onto the devices, with no communication.
+
+    Args:
+        batch: this process' share of it (`share`): arrays whose first axis are rows, and what is static.
         rows: what `by_rows` makes.
     """
-    return {name: jax.make_array_from_callback(x.shape, rows, lambda i, x=x: x[i]) for name, x in batch.items()}
+    _, parts = share(rows)
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(rows, x, (parts * x.shape[0], *x.shape[1:]))
+
+    return jax.tree.map(put, dict(batch))
 
 
 def to_host(arrays: Any) -> Any:

@@ -6,8 +6,10 @@ import itertools
 import json
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -16,21 +18,24 @@ import pytest
 
 from jaxlm import data, sharding
 from jaxlm.data.pipeline import HostBatch
-from jaxlm.types import Batch
+from jaxlm.stages import Stage
+from jaxlm.types import Batch, Static
 
 
-def batches_of(path: Path, count: int | None = None, seed: int = 0) -> data.Batches:
+def batches_of(path: Path, make: Callable[..., data.Plan] = data.bucket, seed: int = 0, **options: Any) -> data.Batches:
     """Batches of 32 rows of 16, 16 of 32 or 8 of 64 tokens; longer documents are cut."""
     corpus = data.open_corpus(path)
-    plan = data.bucket(corpus.lengths, row_lengths=[16, 32, 64], tokens_per_batch=512, seed=seed)
-    return data.Batches(corpus, plan, count)
+    return data.Batches(corpus, make(corpus.lengths, [16, 32, 64], 512, seed), **options)
 
 
-@pytest.fixture
-def batches(corpus_path: Path) -> data.Batches:
+def one_pass(path: Path, make: Callable[..., data.Plan] = data.bucket) -> data.Batches:
+    return batches_of(path, partial(make, passes=1))
+
+
+@pytest.fixture(params=[data.pack, data.bucket])
+def batches(request: pytest.FixtureRequest, corpus_path: Path) -> data.Batches:
     """Two epochs and a bit."""
-    batches = batches_of(corpus_path)
-    return dataclasses.replace(batches, count=2 * len(batches) + 3)
+    return batches_of(corpus_path, request.param, count=50)
 
 
 @contextlib.contextmanager
@@ -53,50 +58,113 @@ def test_there_is_no_batch_out_of_range(batches: data.Batches, index: int | str)
         batches[index]
 
 
-def test_batches_hold_the_tokens_of_the_plan(batches: data.Batches) -> None:
-    corpus = batches.corpus
-    ids = np.fromfile(corpus.path / "train.tokens.bin", np.uint16).tolist()
+@pytest.mark.parametrize("short", [0, 10**9])
+def test_batches_hold_the_tokens_of_the_plan(
+    batches: data.Batches, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxlm.data.pipeline.SHORT", short)
+    corpus = batches.corpora
+    ids = np.fromfile(corpus.path / "train.tokens.bin", np.uint16)
     for i, batch in enumerate(batches):
         rows = batches.plan.batch(i)
-        expected = [
-            ids[start : start + length] + [0] * (rows.row_length - length)
-            for start, length in zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True)
-        ]
-        assert batch.keys() == {"tokens", "lengths"}
-        assert batch["tokens"].tolist() == expected
-        assert batch["lengths"].tolist() == rows.lengths.tolist()
-        assert (batch["tokens"].dtype, batch["lengths"].dtype) == (np.uint16, np.int32)
+        tokens, segments = np.zeros((2, rows.num_rows, rows.row_length), int)
+        for row, at, (_, length, start) in zip(rows.row, rows.at, rows.pieces.tolist(), strict=True):
+            tokens[row, at : at + length] = ids[start : start + length]
+            segments[row, at : at + length] = segments[row].max() + 1
+        assert batch["tokens"].tolist() == tokens.tolist()
+        assert batch["tokens"].dtype == np.uint16
+        if batches.plan.packed:
+            assert batch.keys() == {"tokens", "segments"}
+            assert batch["segments"].tolist() == segments.tolist()
+            assert batch["segments"].dtype == np.uint16
+        else:
+            assert batch.keys() == {"tokens", "lengths"}
+            assert batch["lengths"].tolist() == segments.sum(axis=1).tolist()
+            assert batch["lengths"].dtype == np.int32
     assert i == len(batches) - 1
 
 
-def test_an_epoch_holds_the_text(corpus_path: Path) -> None:
-    batches = batches_of(corpus_path)
-    pieces = [
-        row[:length].tolist()
-        for batch in batches
-        for row, length in zip(batch["tokens"], batch["lengths"], strict=True)
-        if length
-    ]
+def documents_in(batch: HostBatch) -> list[list[int]]:
+    if "lengths" in batch:
+        rows = zip(batch["tokens"], batch["lengths"], strict=True)
+        return [row[:length].tolist() for row, length in rows if length]
+    rows = zip(batch["tokens"], batch["segments"], strict=True)
+    return [row[segments == n].tolist() for row, segments in rows for n in range(1, segments.max() + 1)]
+
+
+@pytest.mark.parametrize("make", [data.pack, data.bucket])
+def test_a_pass_holds_the_text(corpus_path: Path, make: Callable[..., data.Plan]) -> None:
+    batches = one_pass(corpus_path, make)
+    pieces = [document for batch in batches for document in documents_in(batch)]
     expected: list[list[int]] = []
-    for ids in batches.corpus:
+    for ids in batches.corpora:
         expected += [ids[i : i + 64].tolist() for i in range(0, len(ids) - 1, 63)]
     assert sorted(pieces) == sorted(expected)
 
 
-@pytest.mark.parametrize("count", [None, 0, 1, 20])
+@pytest.mark.parametrize("count", [None, 0, 1, 4])
 def test_count_ends_the_iteration(corpus_path: Path, count: int | None) -> None:
-    batches = batches_of(corpus_path, count)
-    assert len(batches) == (batches.plan.batches_per_epoch if count is None else count)
+    batches = dataclasses.replace(one_pass(corpus_path), count=count)
+    assert len(batches) == (batches.plan.count if count is None else count)
     with iterating(batches) as iterator:
         assert_same(iterator, [batches[i] for i in range(len(batches))])
         assert next(iterator, None) is None  # and does not begin again
 
 
-def test_a_later_epoch_has_other_batches(batches: data.Batches) -> None:
-    num = batches.plan.batches_per_epoch
-    first, second = ({batches[i]["tokens"].tobytes() for i in range(start, start + num)} for start in (0, num))
-    assert len(first) == len(second) == num
-    assert not first & second
+@pytest.mark.parametrize(("count", "message"), [(None, "endless"), (-1, "count is -1")])
+def test_refuses_a_count(corpus_path: Path, count: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batches_of(corpus_path, count=count)
+    with pytest.raises(ValueError, match="count is 1000; the plan has"):
+        dataclasses.replace(one_pass(corpus_path), count=1000)
+
+
+def test_shares_are_the_rows_of_the_whole_in_their_order(batches: data.Batches) -> None:
+    for hosts in (2, 4, 8):
+        shares = [dataclasses.replace(batches, share=(k, hosts)) for k in range(hosts)]
+        assert {share.fingerprint for share in shares} == {batches.fingerprint}
+        for i in range(10):
+            parts = [share[i] for share in shares]
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            np.testing.assert_equal(joined, batches[i])
+    with pytest.raises(ValueError, match=r"32 rows of 16 tokens can't be divided by 3"):
+        dataclasses.replace(batches, share=(0, 3))
+    with pytest.raises(ValueError, match=r"no part 2 of 2"):
+        dataclasses.replace(batches, share=(2, 2))
+
+
+def test_batches_of_several_corpora_hold_each_ones_tokens(corpus_path: Path) -> None:
+    corpora = {"train": data.open_corpus(corpus_path), "heldout": data.open_corpus(corpus_path, "heldout")}
+    stage = Stage([16, 32, 64], 512, weights={"train": 1, "heldout": 3})
+    plan = data.make_plan({name: corpus.lengths for name, corpus in corpora.items()}, stage, data.best_fit)
+    batches = data.Batches(corpora, plan, count=20)
+    for i, batch in enumerate(batches):
+        expected = [
+            list(corpora.values())[source].tokens[start : start + length].tolist()
+            for source, length, start in plan.batch(i).pieces.tolist()
+        ]
+        assert documents_in(batch) == expected
+    assert data.describe(plan, 20).corpora["heldout"]["share"] == pytest.approx(0.75, abs=0.1)
+    with pytest.raises(ValueError, match=r"the corpora are \['text'\], the plan's \['train', 'heldout'\]"):
+        data.Batches(corpora["train"], plan, count=1)
+
+
+def test_specs_are_those_of_the_batches_of_all_stages(corpus_path: Path) -> None:
+    corpus = data.open_corpus(corpus_path)
+    stages = [Stage([16], 256, until_tokens=1000, window=8), Stage([16, 32], 512), Stage([16, 32], 512, window=8)]
+    stages[1] = dataclasses.replace(stages[1], until_tokens=20_000)
+    batches = data.Batches(corpus, data.make_plan(corpus.lengths, stages, data.best_fit), count=80)
+    found = {str(jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)) for batch in batches}
+    assert found <= {str(jax.tree.map(lambda x: (x.shape, x.dtype.name), spec)) for spec in batches.specs()}
+    assert len(batches.specs()) == 5
+    assert [batches[i].get("window") for i in (0, 4, 79)] == [Static(8), None, Static(8)]
+
+
+def test_specs_refuse_rows_that_the_devices_do_not_divide(corpus_path: Path) -> None:
+    corpus = data.open_corpus(corpus_path)
+    batches = data.Batches(corpus, data.bucket(corpus.lengths, [64], 64 * 4), count=1)
+    with pytest.raises(ValueError, match="4 rows of 64 tokens can't be divided over 8 devices"):
+        batches.specs(sharding.by_rows(sharding.mesh(1, -1, 1)))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 50])
@@ -145,8 +213,8 @@ def test_an_iterator_goes_to_the_state_that_is_set(batches: data.Batches) -> Non
 
 def test_batches_are_placed_on_the_devices(corpus_path: Path) -> None:
     by_rows = sharding.by_rows(sharding.mesh())
-    batches = batches_of(corpus_path)
-    with iterating(batches, place=lambda batch: jax.device_put(batch, by_rows)) as iterator:
+    batches = one_pass(corpus_path)
+    with iterating(batches, place=partial(sharding.place, rows=by_rows)) as iterator:
         placed = list(itertools.islice(iterator, len(batches)))
     for batch in placed:
         for array in batch.values():
@@ -159,13 +227,12 @@ def test_batches_are_placed_on_the_devices(corpus_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [258, 2**16 - 1])
 def test_an_id_beyond_the_vocabulary_is_found_in_its_batch(corpus_path: Path, tmp_path: Path, wrong: int) -> None:
     shutil.copytree(corpus_path, tmp_path / "corpus")
-    plan = batches_of(corpus_path).plan
-    rows = plan.batch(2)
+    rows = one_pass(corpus_path).plan.batch(2)
     tokens = np.memmap(tmp_path / "corpus" / "train.tokens.bin", np.uint16, "r+")
-    tokens[rows.starts[0] + rows.lengths[0] // 2] = wrong
+    tokens[rows.pieces["start"][0] + rows.pieces["length"][0] // 2] = wrong
     tokens.flush()
-    damaged = batches_of(tmp_path / "corpus")
-    message = f"batch 2 of .*corpus has the token id {wrong}, beyond the vocabulary of 258"
+    damaged = one_pass(tmp_path / "corpus")
+    message = f"batch 2 has the token id {wrong}, beyond the vocabulary of 258: .*corpus.* is damaged"
     with pytest.raises(ValueError, match=message):
         damaged[2]
     with iterating(damaged) as iterator:
@@ -177,16 +244,22 @@ def test_an_id_beyond_the_vocabulary_is_found_in_its_batch(corpus_path: Path, tm
 
 def test_fingerprint_is_of_the_corpus_and_the_plan(corpus_path: Path, tmp_path: Path) -> None:
     data.write_corpus(tmp_path / "other", [data.Document("other.txt", b"other")], data.ByteTokenizer(), heldout=0.0)
-    batches = batches_of(corpus_path)
+    batches = batches_of(corpus_path, count=1)
     assert batches.fingerprint == batches_of(corpus_path, count=5).fingerprint
-    different = [batches, batches_of(corpus_path, seed=1), batches_of(tmp_path / "other")]
-    assert len({batches.fingerprint for batches in different}) == 3
+    different = [
+        batches,
+        batches_of(corpus_path, seed=1, count=1),
+        batches_of(tmp_path / "other", count=1),
+        batches_of(corpus_path, count=1, augment=[data.TokenDropout(0.1, 0)]),
+        batches_of(corpus_path, count=1, augment=[data.TokenDropout(0.2, 0)]),
+    ]
+    assert len({batches.fingerprint for batches in different}) == 5
 
 
 def test_a_plan_for_a_larger_corpus_is_refused(corpus_path: Path, tmp_path: Path) -> None:
     data.write_corpus(tmp_path / "other", [data.Document("other.txt", b"other")], data.ByteTokenizer(), heldout=0.0)
     with pytest.raises(ValueError, match=r"the plan needs \d+ tokens"):
-        data.Batches(data.open_corpus(tmp_path / "other"), batches_of(corpus_path).plan)
+        data.Batches(data.open_corpus(tmp_path / "other"), batches_of(corpus_path, count=1).plan, 1)
 
 
 @pytest.mark.parametrize("given", [0, 1, None])

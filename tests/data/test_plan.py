@@ -1,195 +1,278 @@
-"""Plans: what an epoch holds, whatever the lengths of the documents."""
+"""Plans: what batches hold, whatever the lengths of the documents."""
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from jaxtyping import Int
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlm import data
-from jaxlm.data.plan import Rows
+from jaxlm.data.plan import Plan, Rows
+from jaxlm.stages import Stage
 
-ROW_LENGTHS = [length for length in range(2, 241) if 240 % length == 0]
-SEEDS = range(25)
-
-
-def random_case(seed: int) -> tuple[Int[np.ndarray, " D"], list[int], data.BucketPlan]:
-    """Documents of 0 to thousands of tokens, and up to 6 row lengths."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.lognormal(rng.uniform(0.5, 5), 1.5, rng.integers(1, 100)).astype(np.int64)
-    lengths[rng.integers(len(lengths))] = 2 + rng.integers(300)
-    row_lengths = rng.choice(ROW_LENGTHS, rng.integers(1, 7), replace=False).tolist()
-    budget = 240 * int(rng.integers(1, 5))
-    return lengths, row_lengths, data.bucket(lengths, row_lengths=row_lengths, tokens_per_batch=budget, seed=seed)
-
-
-def epoch_of(plan: data.BucketPlan, epoch: int = 0) -> list[Rows]:
-    first = epoch * plan.batches_per_epoch
-    return [plan.batch(first + i) for i in range(plan.batches_per_epoch)]
+LENGTHS = st.lists(st.one_of(st.integers(0, 20), st.integers(0, 400)), min_size=1, max_size=60).map(lambda x: [*x, 7])
+ROW_LENGTHS = st.lists(st.integers(2, 64), min_size=1, max_size=6, unique=True)
+MAKERS = {
+    "pack": data.pack,
+    "bucket": data.bucket,
+    "pad": lambda lengths, rows, *args, **kwargs: data.pad(lengths, max(rows), *args, **kwargs),
+    "concat": lambda lengths, rows, *args, **kwargs: data.concat(lengths, max(rows), *args, **kwargs),
+}
+each_plan = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+property_test = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def pieces_of(batches: Sequence[Rows]) -> list[tuple[int, int]]:
-    """Where each piece begins, and its length, in order."""
-    rows = [row for batch in batches for row in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)]
-    return [(start, length) for start, length in rows if length]
+@st.composite
+def settings_of(draw: st.DrawFn) -> tuple[list[int], int, int]:
+    """Row lengths, tokens per batch and a seed."""
+    rows = draw(ROW_LENGTHS)
+    return rows, max(rows) * draw(st.integers(1, 4)) + draw(st.integers(0, 5)), draw(st.integers(0, 2**40))
 
 
-def many_documents(seed: int = 0) -> data.BucketPlan:
-    lengths = np.random.default_rng(7).integers(0, 90, 300)
-    return data.bucket(lengths, row_lengths=[8, 16, 32], tokens_per_batch=128, seed=seed)
+def batches_of(plan: Plan, count: int | None = None) -> list[Rows]:
+    count = plan.count if count is None else count
+    assert count is not None
+    return [plan.batch(i) for i in range(count)]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_token_but_the_first_of_each_document_is_predicted_once(seed: int) -> None:
-    lengths, _, plan = random_case(seed)
-    predicted, expected = np.zeros((2, lengths.sum()), int)
-    for start, length in pieces_of(epoch_of(plan)):
-        predicted[start + 1 : start + length] += 1
+def predicted(pieces: Sequence[np.ndarray], lengths: Mapping[str, Sequence[int]]) -> list[np.ndarray]:
+    """How often each token of each corpus is predicted."""
+    counts = [np.zeros(sum(each), int) for each in lengths.values()]
+    for source, length, start in itertools.chain.from_iterable(piece.tolist() for piece in pieces):
+        counts[source][start + 1 : start + length] += 1
+    return counts
+
+
+def all_but_first(lengths: Sequence[int]) -> np.ndarray:
+    """1 for every token but the first of each document."""
+    wanted = np.zeros(sum(lengths), int)
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-        expected[end - length + 1 : end] = 1
-    np.testing.assert_array_equal(predicted, expected)
+        wanted[end - length + 1 : end] = 1
+    return wanted
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_each_piece_is_in_the_shortest_row_that_holds_it(seed: int) -> None:
-    _, row_lengths, plan = random_case(seed)
-    for batch in epoch_of(plan):
-        for length in batch.lengths[batch.lengths > 0]:
-            assert batch.row_length == min(row for row in row_lengths if row >= length)
+def many_documents(seed: int = 0, make: Callable[..., Plan] = data.pack, **options: Any) -> Plan:
+    lengths = np.random.default_rng(7).lognormal(2, 0.8, 300).astype(int)
+    return make(lengths, [8, 16, 32], 128, seed, **options)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_documents_that_fit_a_row_are_not_cut(seed: int) -> None:
-    lengths, row_lengths, plan = random_case(seed)
+@each_plan
+@property_test
+@given(LENGTHS, settings_of(), st.integers(1, 3))
+def test_each_pass_predicts_every_token_but_the_first_of_each_document_once(
+    make: Callable[..., Plan], lengths: list[int], how: tuple[list[int], int, int], passes: int
+) -> None:
+    plan = make(np.array(lengths), *how, passes=passes)
+    found = predicted([rows.pieces for rows in batches_of(plan)], {"text": lengths})
+    joined = [sum(lengths)] if make is MAKERS["concat"] else lengths
+    np.testing.assert_array_equal(found[0], passes * all_but_first(joined))
+
+
+@property_test
+@given(st.dictionaries(st.sampled_from("abc"), LENGTHS, min_size=1), st.data())
+def test_what_was_taken_is_in_a_batch_or_waits_through_stages_and_mixtures(
+    lengths: dict[str, list[int]], drawn: st.DataObject
+) -> None:
+    stages, end = list[Stage](), 0
+    for i in range(count := drawn.draw(st.integers(1, 3))):
+        rows, budget, seed = drawn.draw(settings_of())
+        end += budget * drawn.draw(st.integers(1, 5))
+        weights = {name: drawn.draw(st.integers(1, 9)) for name in lengths} if drawn.draw(st.booleans()) else None
+        stages.append(Stage(rows, budget, None if i == count - 1 else end, weights=weights))
+    place = drawn.draw(st.sampled_from([data.best_fit, data.one_a_row]))
+    plan = data.make_plan({name: np.array(each) for name, each in lengths.items()}, stages, place, seed=seed)
+    held = list[np.ndarray]()
+    for part in itertools.islice(plan.parts(), 6):
+        held += [plan.batch(part.start.batch + i).pieces for i in range(len(part.batches))]
+        assert part.after is not None
+        taken = [np.zeros(sum(each), int) for each in lengths.values()]
+        for source, documents in enumerate(plan.documents.values()):
+            epochs, more = divmod(part.after.taken[source], len(documents))
+            taken[source] += epochs * all_but_first(list(lengths.values())[source])
+            order = data.parts.shuffle(len(documents), plan.seed, 0, source, epochs)[:more]
+            for _, length, start in documents[order].tolist():
+                taken[source][start + 1 : start + length] += 1
+        found = predicted([*held, part.after.waiting], lengths)
+        np.testing.assert_equal(found, taken)
+    assert plan.stage(0) == 0
+
+
+@each_plan
+@property_test
+@given(LENGTHS, settings_of())
+def test_documents_that_fit_a_row_are_not_cut(
+    make: Callable[..., Plan], lengths: list[int], how: tuple[list[int], int, int]
+) -> None:
+    lengths = [sum(lengths)] if make is MAKERS["concat"] else lengths
+    plan = make(np.array(lengths), *how, passes=1)
     starts = np.cumsum(lengths) - lengths
-    whole = (lengths >= 2) & (lengths <= max(row_lengths))
-    assert set(zip(starts[whole].tolist(), lengths[whole].tolist(), strict=True)) <= set(pieces_of(epoch_of(plan)))
+    whole = {(s, n) for s, n in zip(starts.tolist(), lengths, strict=True) if 2 <= n <= max(how[0])}
+    pieces = itertools.chain.from_iterable(rows.pieces.tolist() for rows in batches_of(plan))
+    assert whole <= {(start, length) for _, length, start in pieces}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_batch_has_the_whole_budget_and_a_shape_that_the_plan_lists(seed: int) -> None:
-    _, _, plan = random_case(seed)
-    batches = epoch_of(plan)
-    for batch in batches:
-        assert len(batch.starts) == len(batch.lengths)
-        assert len(batch.starts) * batch.row_length == plan.tokens_per_batch
-    assert sorted({(len(batch.starts), batch.row_length) for batch in batches}, reverse=True) == plan.shapes
+@each_plan
+@property_test
+@given(LENGTHS, settings_of(), st.sampled_from([None, 1, 2]))
+def test_batches_have_the_budget_and_shapes_that_the_plan_lists_and_pieces_do_not_overlap(
+    make: Callable[..., Plan], lengths: list[int], how: tuple[list[int], int, int], passes: int | None
+) -> None:
+    plan = make(np.array(lengths), *how, passes=passes)
+    for rows in batches_of(plan, None if passes else 12):
+        assert (rows.num_rows, rows.row_length) in plan.shapes[0]
+        assert 0 <= how[1] - rows.num_rows * rows.row_length < rows.row_length
+        begins, ends = rows.row * rows.row_length + rows.at, rows.at + rows.pieces["length"]
+        assert (begins[1:] >= (begins + rows.pieces["length"])[:-1]).all()
+        assert len(rows.row)
+        assert rows.row.max() < rows.num_rows
+        assert (ends <= rows.row_length).all()
+        assert plan.packed or len(set(rows.row.tolist())) == len(rows.row)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_at_most_one_batch_of_each_shape_has_empty_rows_and_they_are_its_last(seed: int) -> None:
-    _, _, plan = random_case(seed)
-    unfilled = [batch for batch in epoch_of(plan) if 0 in batch.lengths]
-    assert max(Counter(batch.row_length for batch in unfilled).values(), default=0) <= 1
-    for batch in unfilled:
-        assert batch.lengths[0] > 0
-        assert (np.diff(batch.lengths == 0) >= 0).all()
+@each_plan
+@pytest.mark.parametrize("passes", [None, 2])
+def test_only_the_last_batch_of_each_shape_has_empty_rows(make: Callable[..., Plan], passes: int | None) -> None:
+    plan = many_documents(make=make, passes=passes)
+    unfilled = [
+        rows for rows in batches_of(plan, None if passes else 200) if len(set(rows.row.tolist())) < rows.num_rows
+    ]
+    assert max(Counter(rows.row_length for rows in unfilled).values(), default=0) <= (1 if passes else 0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_real_share_is_the_share_of_positions_with_a_token(seed: int) -> None:
-    _, _, plan = random_case(seed)
-    batches = epoch_of(plan)
-    real = sum(int(batch.lengths.sum()) for batch in batches)
-    positions = sum(len(batch.lengths) * batch.row_length for batch in batches)
-    assert plan.real_share == pytest.approx(real / positions, rel=1e-12)
-
-
-def test_each_epoch_has_the_same_pieces_in_other_batches() -> None:
-    plan = many_documents()
-    epochs = [epoch_of(plan, epoch) for epoch in range(4)]
-    for one, other in itertools.combinations(epochs, 2):
-        assert Counter(pieces_of(one)) == Counter(pieces_of(other))
-        # Neither the order of batches nor what is together in one may repeat.
-        assert [batch.row_length for batch in one] != [batch.row_length for batch in other]
-        assert not {frozenset(batch.starts) for batch in one} & {frozenset(batch.starts) for batch in other}
+def test_each_epoch_has_an_order_of_its_own() -> None:
+    plan = many_documents(make=data.bucket)
+    per_epoch = [list[int](), list[int]()]
+    parts = list(itertools.islice(plan.parts(), 2))
+    for part, starts in zip(parts, per_epoch, strict=True):
+        for i in range(len(part.batches)):
+            starts += plan.batch(part.start.batch + i).pieces["start"].tolist()
+    assert len(set(per_epoch[0]) & set(per_epoch[1])) > 0.8 * len(set(per_epoch[0]))
+    assert per_epoch[0] != per_epoch[1]
 
 
 def test_shapes_are_mixed_within_an_epoch() -> None:
-    plan = many_documents()
-    lengths = [batch.row_length for batch in epoch_of(plan)]
-    changes = sum(one != other for one, other in itertools.pairwise(lengths))
-    assert changes > 5 * len(plan.shapes)
+    lengths = [rows.row_length for rows in batches_of(many_documents(), 60)]
+    assert len(set(lengths)) == 3
+    assert sum(one != other for one, other in itertools.pairwise(lengths)) > 15
 
 
 @pytest.mark.parametrize("seeds", [[0, 1, 2, 3], [0, 1, 2**32, 2**32 + 1]])
-def test_no_epoch_of_a_seed_is_one_of_another(seeds: list[int]) -> None:
-    orders = [tuple(pieces_of(epoch_of(many_documents(seed), epoch))) for seed in seeds for epoch in range(4)]
-    assert len(set(orders)) == len(orders)
+def test_no_part_of_a_seed_is_one_of_another(seeds: list[int]) -> None:
+    plans = [many_documents(seed) for seed in seeds]
+    parts = [part for plan in plans for part in itertools.islice(plan.parts(), 4)]
+    assert len({part.pieces.tobytes() for part in parts}) == len(parts)
 
 
-def test_a_batch_depends_on_nothing_but_the_plan_and_its_index() -> None:
-    plan = many_documents()
-    num_batches = 6 * plan.batches_per_epoch
-    in_order = [plan.batch(i) for i in range(num_batches)]
-    for plan_again in (plan, many_documents()):
-        for i in np.random.default_rng(0).permutation(num_batches).tolist():
-            batch = plan_again.batch(i)
-            np.testing.assert_equal(batch, in_order[i])
-            batch.starts[:] = batch.lengths[:] = -1  # what a caller does with a batch changes no other
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_batch_depends_on_nothing_but_the_plan_and_its_index(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.parts, "PART", 40)  # a dozen parts an epoch
+    stages = [Stage([8, 16], 64, until_tokens=3000), Stage([8, 16, 32], 128, weights={"a": 1, "b": 2})]
+    lengths = {"a": np.random.default_rng(7).integers(0, 90, 300), "b": np.arange(20)}
+    plans = [data.make_plan(lengths, stages, data.best_fit, seed=3) for _ in range(2)]
+    in_order = batches_of(plans[0], 200)
+    assert len(list(itertools.takewhile(lambda part: part.start.batch < 200, plans[0].parts()))) > 20
+    for plan in plans:
+        for i in np.random.default_rng(0).permutation(200).tolist()[:count]:
+            np.testing.assert_equal(plan.batch(i), in_order[i])
+
+
+def test_stages_begin_and_end_where_they_say() -> None:
+    stages = [Stage([8], 64, until_tokens=600), Stage([8, 32], 128, until_tokens=1500), Stage([32], 256, 4000)]
+    plan = data.make_plan(np.random.default_rng(7).integers(2, 90, 300), stages, data.best_fit)
+    assert plan.count == 10 + 7 + 10
+    budgets = [rows.num_rows * rows.row_length for rows in batches_of(plan)]
+    assert budgets == 10 * [64] + 7 * [128] + 10 * [256]
+    assert [plan.stage(i) for i in (0, 9, 10, 16, 17, 26)] == [0, 0, 1, 1, 2, 2]
+    assert plan.shapes == [[(8, 8)], [(16, 8), (4, 32)], [(8, 32)]]
+    with pytest.raises(IndexError, match=r"batch 27 .* 27"):
+        plan.batch(27)
+
+
+@pytest.mark.parametrize("place", [data.best_fit, data.one_a_row])
+def test_corpora_are_mixed_by_tokens_in_every_stretch(place: data.Place) -> None:
+    rng = np.random.default_rng(0)
+    lengths = {"long": rng.integers(30, 200, 500), "short": rng.integers(2, 30, 100), "none": np.array([5])}
+    stages = [
+        Stage([16, 64], 1024, until_tokens=100_000, weights={"long": 1, "short": 1, "none": 0}),
+        Stage([16, 64], 1024, weights={"long": 3, "short": 1, "none": 0}),
+    ]
+    plan = data.make_plan(lengths, stages, place)
+    for first, wanted in ((0, 0.5), (100, 0.25), (400, 0.25)):
+        held = np.zeros(3)
+        for i in range(first, first + 80):
+            pieces = plan.batch(i).pieces
+            held += np.bincount(pieces["source"], pieces["length"] - 1.0, 3)
+        assert held[1] / held.sum() == pytest.approx(wanted, abs=0.05)
+        assert held[2] == 0
+
+
+def test_without_weights_corpora_end_together() -> None:
+    lengths = {"a": np.full(300, 10), "b": np.full(50, 33)}
+    found = data.describe(data.pack(lengths, [16, 64], 1024))
+    assert [corpus["epochs"] for corpus in found.corpora.values()] == pytest.approx([1, 1], abs=0.25)
+    assert found.corpora["a"]["share"] == pytest.approx(3000 / 4650, abs=0.05)
 
 
 def test_fingerprint_is_of_the_batches() -> None:
-    lengths = np.array([3, 9, 4, 30, 2])
+    lengths = [3, 9, 4, 30, 2]
 
-    def fingerprint(
-        lengths: Int[np.ndarray, " D"] = lengths,
-        row_lengths: Sequence[int] = (4, 8),
-        tokens_per_batch: int = 16,
-        seed: int = 0,
-    ) -> str:
-        return data.bucket(lengths, row_lengths=row_lengths, tokens_per_batch=tokens_per_batch, seed=seed).fingerprint
+    def fingerprint(lengths: Any = lengths, rows: Any = (4, 8), tokens: int = 16, seed: int = 0, **options: Any) -> str:
+        make = options.pop("make", data.pack)
+        return make(np.array(lengths), rows, tokens, seed, **options).fingerprint
 
     different = [
         fingerprint(),
         fingerprint(lengths=lengths[::-1]),
-        fingerprint(lengths=np.append(lengths, 2)),
-        fingerprint(lengths=np.array([3, 9, 4, 30, 3])),
-        fingerprint(lengths=np.insert(lengths, 1, 1)),  # has no piece, but moves those after it
-        fingerprint(row_lengths=(4, 16)),
-        fingerprint(row_lengths=(8,)),
-        fingerprint(tokens_per_batch=32),
+        fingerprint(lengths=[*lengths, 2]),
+        fingerprint(lengths=[3, 9, 4, 30, 3]),
+        fingerprint(lengths=[3, 1, 9, 4, 30, 2]),  # has no piece, but moves those after it
+        fingerprint(rows=(4, 16)),
+        fingerprint(rows=(8,)),
+        fingerprint(tokens=32),
         fingerprint(seed=1),
+        fingerprint(passes=1),
+        fingerprint(make=data.bucket),
+        data.make_plan(np.array(lengths), Stage((4, 8), 16, window=4), data.best_fit).fingerprint,
+        data.make_plan({"b": np.array(lengths)}, Stage((4, 8), 16), data.best_fit).fingerprint,
     ]
     assert len(set(different)) == len(different)
-    assert fingerprint(row_lengths=(8, 4, 4)) == different[0]
+    assert fingerprint(rows=(8, 4, 4)) == different[0]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "row_lengths", "tokens_per_batch", "message"),
+    ("lengths", "options", "message"),
     [
-        ([], [4], 8, "none of 0 documents"),
-        ([0, 1, 1], [4], 8, "none of 3 documents"),
-        ([9], [], 8, "1 to 6"),
-        ([9], [1, 4], 8, r"\[1, 4\].*2 or more"),
-        ([9], [-4], 8, "2 or more"),
-        ([9], [2, 3, 4, 6, 8, 12, 24], 24, "1 to 6"),
-        ([9], [4, 5, 7], 20, r"20 .* multiple .*\[7\]"),
-        ([9], [4], 2, "multiple"),
-        ([9], [4], 0, "positive"),
-        ([9], [4], -4, "positive"),
+        ([], {}, "no document of 'text' has two tokens"),
+        ([0, 1, 1], {}, "no document of 'text' has two tokens"),
+        ([9], {"seed": -1}, "seed is -1"),
+        ([9], {"passes": 0}, "0 passes"),
+        ([9], {"passes": 1, "stages": [Stage([4], 8, until_tokens=100)]}, "no end"),
+        ([9], {"passes": 1, "stages": [Stage([4], 8, weights={"text": 1})]}, "no weights"),
+        ([9], {"stages": []}, "there is none"),
+        ([9], {"stages": [Stage([4], 8), Stage([4], 8)]}, "stage 0 of 2 has no end"),
+        ([9], {"stages": [Stage([4], 8, weights={"code": 1})]}, r"weights of \['code'\] for the corpora \['text'\]"),
     ],
 )
-def test_refuses(lengths: list[int], row_lengths: list[int], tokens_per_batch: int, message: str) -> None:
+def test_refuses(lengths: list[int], options: dict[str, Any], message: str) -> None:
+    stages = options.pop("stages", Stage([4], 8))
     with pytest.raises(ValueError, match=message):
-        data.bucket(np.array(lengths, int), row_lengths=row_lengths, tokens_per_batch=tokens_per_batch, seed=0)
-
-
-def test_refuses_a_negative_seed() -> None:
-    with pytest.raises(ValueError, match="seed"):
-        data.bucket(np.array([3]), row_lengths=[4], tokens_per_batch=8, seed=-1)
+        data.make_plan(np.array(lengths, int), stages, data.best_fit, **options)
 
 
 def test_documents_of_less_than_two_tokens_have_no_row_but_keep_their_place() -> None:
-    plan = data.bucket(np.array([0, 1, 3, 0, 1, 2, 1, 0]), row_lengths=[4], tokens_per_batch=8, seed=0)
-    assert sorted(pieces_of(epoch_of(plan))) == [(1, 3), (5, 2)]
+    plan = data.bucket(np.array([0, 1, 3, 0, 1, 2, 1, 0]), [4], 8, passes=1)
+    pieces = np.concatenate([rows.pieces for rows in batches_of(plan)])
+    assert sorted(zip(pieces["start"].tolist(), pieces["length"].tolist(), strict=True)) == [(1, 3), (5, 2)]
+    assert plan.too_short == {"text": 6}
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_a_corpus_smaller_than_a_batch_gives_one_batch_an_epoch(epoch: int) -> None:
-    plan = data.bucket(np.array([3]), row_lengths=[4, 64], tokens_per_batch=64, seed=0)
-    (batch,) = epoch_of(plan, epoch)
-    assert (batch.starts[0], batch.row_length, batch.lengths.tolist()) == (0, 4, [3] + 15 * [0])
-    assert plan.real_share == 3 / 64
+@each_plan
+def test_a_corpus_smaller_than_a_batch_is_enough(make: Callable[..., Plan]) -> None:
+    plan = make(np.array([3]), [4], 64)
+    for rows in batches_of(plan, 5):
+        assert (rows.num_rows, rows.row_length, rows.pieces["length"].min()) == (16, 4, 3)
+    assert make(np.array([3]), [4], 64, passes=1).count == 1
