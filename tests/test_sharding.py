@@ -63,14 +63,6 @@ def test_rows_are_divided_in_order_over_all_but_the_model_s_axis(sizes: tuple[in
         assert {len(shard.data) for shard in shards} == {16 * copies // 8}
 
 
-class _Process:
-    """A sharding as one of several processes sees it."""
-
-    def __init__(self, rows: jax.sharding.NamedSharding, own: list[jax.Device]):
-        self.device_set, self.addressable_devices = rows.device_set, set(own)
-        self.devices_indices_map = rows.devices_indices_map
-
-
 @pytest.mark.parametrize(
     ("sizes", "own", "expected"),
     [
@@ -86,12 +78,12 @@ class _Process:
 )
 def test_a_process_has_consecutive_rows(sizes: tuple[int, int, int], own: list[int], expected: Any):
     rows = sharding.by_rows(sharding.mesh(*sizes))
-    process: Any = _Process(rows, [rows.mesh.devices.flat[i] for i in own])
+    devices = [rows.mesh.devices.flat[i] for i in own]
     if expected is None:
         with pytest.raises(ValueError, match="rows of a process aren't consecutive"):
-            sharding.share.__wrapped__(process)
+            sharding.share(rows, devices)
     else:
-        assert sharding.share.__wrapped__(process) == expected
+        assert sharding.share(rows, devices) == expected
 
 
 def test_what_is_replicated_lies_whole_on_each_device_and_all_comes_back_to_the_host():

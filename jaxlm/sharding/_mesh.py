@@ -1,6 +1,6 @@
 """Meshes, and how batches lie on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -63,18 +63,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def share(rows: NamedSharding) -> tuple[int, int]:
-    """(k, n): this process' rows of any batch are part k of n equal ones.
+def share(rows: NamedSharding, own: Collection[jax.Device] | None = None) -> tuple[int, int]:
+    """(k, n): a process' rows of any batch are part k of n equal ones.
 
     Args:
         rows: what `by_rows` makes.
+        own: the devices of the process; None: those of this one.
 
     Raises:
         ValueError: they aren't consecutive; give the mesh its devices process by process.
     """
     devices = len(rows.device_set)
     of_devices = rows.devices_indices_map((devices,))
-    own = {of_devices[device][0].indices(devices)[:2] for device in rows.addressable_devices}
+    own = {of_devices[device][0].indices(devices)[:2] for device in (own or rows.addressable_devices)}
     first, last = min(begin for begin, _ in own), max(end for _, end in own)
     if sum(end - begin for begin, end in own) != last - first or first % (last - first) or devices % (last - first):
         raise ValueError(
