@@ -113,13 +113,13 @@ def main(config: Config) -> None:
 
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint}
     to, rates = folder if first else None, np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
-    with checkpoint.Checkpoints(folder / "checkpoints", about) as checkpoints, train.stop_signals() as stopped:
+    with checkpoint.Checkpoints(folder / "checkpoints", about) as checkpoints, train.stop_signals() as stop:
         state = checkpoints.restore(state) or state
         done = int(state.step)
         glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
         given = data.iterate(batches, start=done, place=place)
         with closing(given), metrics.Log(to, done, steps=config.steps) as log:
-            for state, measured in train.fit(step, state, itertools.takewhile(lambda _: not stopped(), log.timed(given))):
+            for state, measured in train.fit(step, state, itertools.takewhile(lambda _: not stop(), log.timed(given))):
                 log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
                 done, glance = done + 1, {}
                 if done % config.save_every == 0 and done < config.steps:

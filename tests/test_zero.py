@@ -134,8 +134,12 @@ def run(make_optimizer: Any, layout: sharding.Layout | None, microbatches: int =
         shardings = layout.state(optimizer)
         state = jax.jit(lambda: train.start(params(), optimizer), out_shardings=shardings)()
         rows = sharding.by_rows(layout.mesh)
-        k, parts = sharding.share(rows)
-        given = [sharding.place(jax.tree.map(lambda x: np.split(x, parts)[k], batch), rows) for batch in batches(STEPS)]
+        parts, of = sharding.share(rows)
+
+        def own(x: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.split(x, of)[part] for part in parts])
+
+        given = [sharding.place(jax.tree.map(own, batch), rows) for batch in batches(STEPS)]
     step = train.compile_step(train.make_step(grad_fn, optimizer, KEY), state, given[:1])
     *_, (state, _) = train.fit(step, state, given)
     if layout is not None:

@@ -42,8 +42,8 @@ class Batches:
     """How many batches there are; None: all of the plan's."""
     augment: Sequence[Augment] = ()
     """What changes rows, one after another; its randomness depends on nothing but plan, batch and row."""
-    share: tuple[int, int] = (0, 1)
-    """(k, n): of each batch only part k of n equal parts of its rows, as `sharding.share` gives a process its own."""
+    share: tuple[Sequence[int], int] = ((0,), 1)
+    """(parts, n): of each batch only these of n equal parts of its rows: a process its own, by `sharding.share`."""
 
     def __post_init__(self):
         ends = self.plan.count
@@ -51,8 +51,8 @@ class Batches:
             raise ValueError("Batches: the plan is endless; give a count")
         if self.count is not None and (self.count < 0 or (ends is not None and self.count > ends)):
             raise ValueError(f"Batches: the count is {self.count}; the plan has {ends or 'no end of'} batches")
-        if not 0 <= self.share[0] < self.share[1]:
-            raise ValueError(f"Batches: there is no part {self.share[0]} of {self.share[1]}; count from 0")
+        if list(self.share[0]) != sorted(set(self.share[0]) & set(range(self.share[1]))) or not self.share[0]:
+            raise ValueError(f"Batches: no parts {self.share[0]} of {self.share[1]}; count from 0, in order")
         if list(self.plan.documents) != list(self._corpora):
             raise ValueError(f"Batches: the corpora are {list(self._corpora)}, the plan's {list(self.plan.documents)}")
         if len({(corpus.manifest["tokenizer"], corpus.vocab) for corpus in self._corpora.values()}) > 1:
@@ -165,9 +165,11 @@ class Batches:
 
     def _own(self, rows: Rows) -> Rows:
         """This process' share of the rows."""
-        first, last = (rows.num_rows * k // self.share[1] for k in (self.share[0], self.share[0] + 1))
-        own = slice(*np.searchsorted(rows.row, [first, last]))
-        return Rows(last - first, rows.row_length, rows.pieces[own], rows.row[own] - first, rows.at[own])
+        parts, of = self.share
+        each = rows.num_rows // of
+        own = np.isin(rows.row // each, parts)
+        row = np.searchsorted(parts, rows.row[own] // each) * each + rows.row[own] % each
+        return Rows(each * len(parts), rows.row_length, rows.pieces[own], row, rows.at[own])
 
     def _copy(self, pieces: Pieces, to: Any, numbers: Any, tokens: Any, segments: Any) -> None:
         """Fills rows piece by piece."""
@@ -192,12 +194,14 @@ class Batches:
     def _augmented(self, tokens: Integer[np.ndarray, "B T"], rows: Rows, index: int) -> tuple[Any, Any]:
         """What the model sees and what it predicts, row by row."""
         inputs, tokens = tokens.copy(), tokens.copy()
-        first = self.share[0] * rows.num_rows
+        each = rows.num_rows // len(self.share[0])
         for row in range(rows.num_rows):
             these = rows.row == row
             bounds = np.stack([rows.at[these], rows.at[these] + rows.pieces["length"][these]], axis=1)
             changed = Row(inputs[row], tokens[row], bounds)
-            seed = np.random.SeedSequence(self.plan.seed, spawn_key=(3, index, first + row))
+            seed = np.random.SeedSequence(
+                self.plan.seed, spawn_key=(3, index, self.share[0][row // each] * each + row % each)
+            )
             rng = np.random.Generator(np.random.Philox(seed))
             for augment in self.augment:
                 changed = augment(changed, rng)

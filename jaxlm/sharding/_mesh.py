@@ -63,25 +63,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def share(rows: NamedSharding, own: Collection[jax.Device] | None = None) -> tuple[int, int]:
-    """(k, n): a process' rows of any batch are part k of n equal ones.
+def share(rows: NamedSharding, own: Collection[jax.Device] | None = None) -> tuple[tuple[int, ...], int]:
+    """(parts, n): of any batch a process has these of n equal parts of its rows, counted from 0.
 
     Args:
         rows: what `by_rows` makes.
         own: the devices of the process; None: those of this one.
-
-    Raises:
-        ValueError: they aren't consecutive; give the mesh its devices process by process.
     """
     devices = len(rows.device_set)
-    of_devices = rows.devices_indices_map((devices,))
-    own = {of_devices[device][0].indices(devices)[:2] for device in (own or rows.addressable_devices)}
-    first, last = min(begin for begin, _ in own), max(end for _, end in own)
-    if sum(end - begin for begin, end in own) != last - first or first % (last - first) or devices % (last - first):
-        raise ValueError(
-            "share: the rows of a process aren't consecutive; give the mesh its devices process by process"
-        )
-    return first // (last - first), devices // (last - first)
+    begins = {device: i.indices(devices)[0] for device, (i,) in rows.devices_indices_map((devices,)).items()}
+    all_parts = sorted(set(begins.values()))
+    parts = sorted({begins[device] for device in own or rows.addressable_devices})
+    if parts == all_parts:
+        return (0,), 1
+    return tuple(all_parts.index(part) for part in parts), len(all_parts)
 
 
 def place(batch: Mapping[str, Any], rows: NamedSharding) -> dict[str, Any]:
@@ -91,10 +86,17 @@ def place(batch: Mapping[str, Any], rows: NamedSharding) -> dict[str, Any]:
         batch: this process' share of it (`share`): arrays whose first axis are rows, and what is static.
         rows: what `by_rows` makes.
     """
-    _, parts = share(rows)
+    parts, of = share(rows)
 
     def put(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(rows, x, (parts * x.shape[0], *x.shape[1:]))
+        each = len(x) // len(parts)
+
+        def on_device(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(each * of)
+            own = parts.index(begin // each) * each + begin % each
+            return x[own : own + end - begin]
+
+        return jax.make_array_from_callback((each * of, *x.shape[1:]), rows, on_device)
 
     return jax.tree.map(put, dict(batch))
 

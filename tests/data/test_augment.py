@@ -70,7 +70,7 @@ def test_a_batch_is_the_same_in_any_order_and_in_any_number_of_shares(corpus_pat
     whole = data.Batches(corpus, plan, 20, augment)
     plain = data.Batches(corpus, plan, 20)
     for i in (7, 3, 7):
-        shares = [dataclasses.replace(whole, share=(k, 4))[i] for k in range(4)]
+        shares = [dataclasses.replace(whole, share=((k,), 4))[i] for k in range(4)]
         assert whole[i].keys() == {"tokens", "inputs", "segments"}
         for name in whole[i]:
             np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), whole[i][name])

@@ -121,16 +121,20 @@ def test_refuses_a_count(corpus_path: Path, count: int | None, message: str) -> 
 
 def test_shares_are_the_rows_of_the_whole_in_their_order(batches: data.Batches) -> None:
     for hosts in (2, 4, 8):
-        shares = [dataclasses.replace(batches, share=(k, hosts)) for k in range(hosts)]
+        shares = [dataclasses.replace(batches, share=((k,), hosts)) for k in range(hosts)]
         assert {share.fingerprint for share in shares} == {batches.fingerprint}
         for i in range(10):
             parts = [share[i] for share in shares]
             joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             np.testing.assert_equal(joined, batches[i])
     with pytest.raises(ValueError, match=r"32 rows of 16 tokens can't be divided by 3"):
-        dataclasses.replace(batches, share=(0, 3))
-    with pytest.raises(ValueError, match=r"no part 2 of 2"):
-        dataclasses.replace(batches, share=(2, 2))
+        dataclasses.replace(batches, share=((0,), 3))
+    apart = dataclasses.replace(batches, share=((0, 3), 4))[0]
+    for name, whole in batches[0].items():
+        np.testing.assert_array_equal(apart[name], np.concatenate([np.split(whole, 4)[k] for k in (0, 3)]))
+    for wrong in ([2], [], [1, 0], [0, 0], [-1]):
+        with pytest.raises(ValueError, match=r"no parts .* of 2"):
+            dataclasses.replace(batches, share=(wrong, 2))
 
 
 def test_batches_of_several_corpora_hold_each_ones_tokens(corpus_path: Path) -> None:
