@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxlm import tree
 from jaxlm.sharding import MODEL, Layout, row_axes
 from jaxlm.types import Aux, Batch, GradFn, LossFn, Params
 
@@ -46,16 +47,11 @@ def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
         def add(total: Any, slice_and_key: Any) -> tuple[Any, None]:
             return jax.tree.map(lambda t, x: t + x, total, grad_fn(params, *slice_and_key)), None
 
-        total, _ = jax.lax.scan(add, jax.tree.map(_zeros, sums), (slices, keys))
+        zeros = jax.tree.map(lambda s: tree.vary_like(jnp.zeros(s.shape, jnp.float32), s), sums)
+        total, _ = jax.lax.scan(add, zeros, (slices, keys))
         return jax.tree.map(lambda t, s: t.astype(s.dtype), total, sums)
 
     return accumulated
-
-
-def _zeros(like: Any) -> jax.Array:
-    """float32 zeros of a shape, which on each device may become another sum, if that of `like` may."""
-    zeros, axes = jnp.zeros(like.shape, jnp.float32), tuple(getattr(like.manual_axis_type, "varying", ()))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def data_parallel(

@@ -63,6 +63,12 @@ def norm(tree: Any) -> jax.Array:
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))  # with a derivative of 0 at 0
 
 
+def vary_like(x: jax.Array, like: Any) -> jax.Array:
+    """`x`, which inside `jax.shard_map` may from here on differ among devices wherever `like` may."""
+    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
 def size(tree: Any) -> int:
     """The number of elements in all leaves; also of a tree of shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
