@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from jaxlm import tree
 from jaxlm.types import Aux, Batch, LossFn, Metrics, Params
@@ -79,11 +79,11 @@ def _sums(
     z_loss: float | int,
     label_smoothing: float | int,
 ) -> tuple[Float[Array, ""], Metrics]:
-    log_z, picked, correct = _against(logits, targets)
+    log_z, picked = jax.nn.logsumexp(logits, axis=-1), _pick(logits, targets)
     losses = log_z - picked
     if label_smoothing:
         losses = losses + label_smoothing * (picked - jnp.mean(logits, axis=-1))
-    terms = {"loss": losses, "accuracy": correct.astype(jnp.float32)}
+    terms = {"loss": losses, "accuracy": (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)}
     if z_loss:
         z_losses = z_loss * jnp.square(log_z)
         terms |= {"loss": losses + z_losses, "z_loss": z_losses}
@@ -135,7 +135,7 @@ def _in_chunks(
             grad = (raised * grad).astype(matrix.dtype)  # as fast products take it
             return matrix_grad + product(hidden.T, grad) / raised, (found, product(grad, matrix.T) / raised)
 
-        zeros = tree.vary_like(jnp.zeros(matrix.shape, jnp.float32), matrix)
+        zeros = tree.vary_like(jnp.zeros(matrix.shape, jnp.float32), jax.typeof(matrix))
         matrix_grad, (parts, hidden_grad) = jax.lax.scan(of_chunk, zeros, (cut(hidden), cut(targets), cut(weights)))
         hidden_grad = hidden_grad.reshape(-1, hidden.shape[-1])[:tokens].reshape(hidden.shape)
         return total(parts), (hidden_grad, matrix_grad)
@@ -145,7 +145,7 @@ def _in_chunks(
         return *(x.astype(like.dtype) for x, like in zip(scaled, (hidden, matrix), strict=True)), None, None
 
     of_all.defvjp(forward, backward)
-    return of_all(hidden, tree.vary_like(matrix, hidden), targets, weights)
+    return of_all(hidden, tree.vary_like(matrix, jax.typeof(hidden)), targets, weights)
 
 
 def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
@@ -170,22 +170,23 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Integer[Array, "B T"]) -> Float[Array, "B T"]:
     """Minus the log-probability of each target, in nats."""
-    log_z, picked, _ = _against(logits, targets)
-    return log_z - picked
+    return jax.nn.logsumexp(logits, axis=-1) - _pick(logits, targets)
 
 
-def _against(
-    logits: Float[Array, "*axes V"], targets: Integer[Array, "*axes"]
-) -> tuple[Float[Array, "*axes"], Float[Array, "*axes"], Bool[Array, "*axes"]]:
-    """Log Z, the target's logit, and whether it is the first of the largest; NaN where it is no token.
+@jax.custom_vjp
+def _pick(logits: Float[Array, "*axes V"], targets: Integer[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Each target's logit. The gradient is written as a comparison: a gather's scatters into zeros first."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
-    All are sums and the like over V, not a gather or `argmax`, so that V may be divided over devices, and the gradient
-    needs no scatter.
-    """
-    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    picked = jnp.sum(jnp.where(tokens == targets[..., None], logits, 0), axis=-1)
-    picked = jnp.where((targets >= 0) & (targets < logits.shape[-1]), picked, jnp.nan)
-    constant = jax.lax.stop_gradient(logits)
-    largest = constant == jnp.max(constant, axis=-1, keepdims=True)
-    first = jnp.min(jnp.where(largest, tokens, logits.shape[-1]), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1), picked, first == targets
+
+def _pick_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    tokens = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return _pick(logits, targets), (tokens, targets)
+
+
+def _pick_backward(tokens_and_targets: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, None]:
+    tokens, targets = tokens_and_targets
+    return jnp.where(tokens == targets[..., None], grad[..., None], 0), None
+
+
+_pick.defvjp(_pick_forward, _pick_backward)

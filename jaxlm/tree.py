@@ -64,8 +64,13 @@ def norm(tree: Any) -> jax.Array:
 
 
 def vary_like(x: jax.Array, like: Any) -> jax.Array:
-    """`x`, which inside `jax.shard_map` may from here on differ among devices wherever `like` may."""
-    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    """`x`, which inside `jax.shard_map` may from here on differ among devices wherever an array of the type may.
+
+    Args:
+        x: any array.
+        like: what `jax.typeof` or `jax.eval_shape` returns.
+    """
+    missing = like.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
