@@ -70,7 +70,8 @@ def vary_like(x: jax.Array, like: Any) -> jax.Array:
         x: any array.
         like: what `jax.typeof` or `jax.eval_shape` returns.
     """
-    missing = like.manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    varying = getattr(like.manual_axis_type, "varying", frozenset[str]())
+    missing = varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
