@@ -70,7 +70,7 @@ class Contestant:
 
 def accumulation(smoke: bool) -> Iterable[Contestant]:
     """One optimizer step from the same batch, in one piece and in k; `optax.MultiSteps` sees k pieces one by one."""
-    vocab, width, layers, rows, length = (64, 16, 1, 16, 8) if smoke else (8192, 384, 6, 32, 128)
+    vocab, width, layers, rows, length = (64, 16, 1, 16, 8) if smoke else (4096, 256, 4, 32, 128)
     init, apply = models.transformer(models.TransformerConfig(vocab=vocab, layers=layers, width=width, heads=4))
     tokens = np.random.default_rng(0).integers(0, vocab, (rows, length), np.int32)
     grad_fn = jax.value_and_grad(losses.next_token(apply), has_aux=True)

@@ -176,7 +176,7 @@ def gather_layers(
     Args:
         layout: what `sharding.lay_out` returned for the whole model.
         name: of the subtree that holds the stacked layers, such as `"blocks"`.
-        dtype: what parameters are rounded to before they travel; None: they aren't.
+        dtype: what parameters are rounded to before they travel; None: they aren't. Give `data_parallel` the same.
         policy: what else to keep for the backward pass, one of `jax.checkpoint_policies`; None: everything but the
             parameters.
 
