@@ -1,13 +1,19 @@
-"""Wrappers of `GradFn`. The first one is made by `jax.value_and_grad(loss_fn, has_aux=True)`."""
+"""Wrappers of `GradFn`. The first one is made by `jax.value_and_grad(loss_fn, has_aux=True)`.
 
+They pass on a fourth argument, `loss_scale`, for what computes in float16: see `precision.scale_loss`.
+"""
+
+import inspect
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxlm import tree
 from jaxlm.sharding import MODEL, Layout, row_axes
 from jaxlm.types import Aux, Batch, GradFn, LossFn, Params
 
@@ -32,7 +38,10 @@ def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
     if microbatches == 1:
         return grad_fn
 
-    def accumulated(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
+    @wraps(grad_fn)
+    def accumulated(
+        params: Params, batch: Batch, key: jax.Array, *loss_scale: jax.Array
+    ) -> tuple[tuple[jax.Array, Aux], Params]:
         rows = batch["tokens"].shape[0]
         if rows % microbatches:
             raise ValueError(
@@ -41,21 +50,25 @@ def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
             )
         slices = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
         keys = jax.random.split(key, microbatches)
-        sums = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices), key)
+        sums = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], slices), key, *loss_scale)
 
         def add(total: Any, slice_and_key: Any) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, x: t + x, total, grad_fn(params, *slice_and_key)), None
+            return jax.tree.map(lambda t, x: t + x, total, grad_fn(params, *slice_and_key, *loss_scale)), None
 
-        total, _ = jax.lax.scan(add, jax.tree.map(_zeros, sums), (slices, keys))
+        zeros = jax.tree.map(lambda s: tree.vary_like(jnp.zeros(s.shape, jnp.float32), s), sums)
+        total, _ = jax.lax.scan(add, zeros, (slices, keys))
         return jax.tree.map(lambda t, s: t.astype(s.dtype), total, sums)
 
     return accumulated
 
 
-def _zeros(like: Any) -> jax.Array:
-    """float32 zeros of a shape, which on each device may become another sum, if that of `like` may."""
-    zeros, axes = jnp.zeros(like.shape, jnp.float32), tuple(getattr(like.manual_axis_type, "varying", ()))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+def takes_loss_scale(function: Callable[..., Any]) -> bool:
+    """Whether a loss or gradient function takes a fourth argument, as what `precision.scale_loss` makes does."""
+    try:
+        inspect.signature(function).bind(None, None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def data_parallel(
@@ -74,36 +87,50 @@ def data_parallel(
         grad_fn: what each device calls on its rows, with whole parameters; those that the layout has brought together
             by layer it gets as they lie, and `gather_layers` must do so. Each device has a key of its own.
         layout: what `sharding.lay_out` returns.
-        dtype: what parameters are rounded to where they are used, before they travel; None: they aren't.
+        dtype: what parameters are rounded to where they are used, before they travel; None: they aren't. float16 needs
+            the gradient of what `precision.scale_loss` makes.
         microbatches: slices of each device's rows, as in `accumulate`.
 
     Raises:
-        ValueError: less than one microbatch, or (when traced) a batch whose rows can't be divided so.
+        ValueError: less than one microbatch, float16 without a scaled loss, or (when traced) a batch whose rows can't
+            be divided so.
     """
+    if dtype is not None and jnp.dtype(dtype) == jnp.float16 and not takes_loss_scale(grad_fn):
+        raise ValueError(
+            "data_parallel: gradients underflow float16; wrap the loss in precision.scale_loss and the optimizer in "
+            "optim.dynamic_loss_scale, or use bfloat16"
+        )
     in_place = jax.tree.map(lambda spec, by_layer: by_layer or "data" not in spec, layout.specs, layout.by_layer)
 
     def scattered(grad_fn: GradFn) -> GradFn:
-        def to_shards(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
-            sums, grads = grad_fn(params, batch, key)
+        def to_shards(params: Params, *args: Any) -> tuple[tuple[jax.Array, Aux], Params]:
+            sums, grads = grad_fn(params, *args)
             return sums, jax.tree.map(
                 lambda g, spec, ready: g if ready else _scatter(g, spec), grads, layout.specs, in_place
             )
 
         return to_shards
 
-    def local(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
-        sums, grads = grad_fn(params, batch, key)
-        return sums, jax.tree.map(
-            lambda g, spec: _along_model(lambda x: x.astype(jnp.float32), spec)(g), grads, layout.specs
-        )
+    def local(
+        params: Params, batch: Batch, key: jax.Array, *loss_scale: jax.Array
+    ) -> tuple[tuple[jax.Array, Aux], Params]:
+        sums, grads = grad_fn(params, batch, key, *loss_scale)
+
+        def true(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+            wide = _along_model(lambda x: x.astype(jnp.float32), spec)(grad)
+            return wide / loss_scale[0] if loss_scale and grad.dtype == jnp.float16 else wide
+
+        return sums, jax.tree.map(true, grads, layout.specs)
 
     if layout.zero < 2:
         found = scattered(accumulate(local, microbatches))
     else:
         found = accumulate(scattered(local), microbatches)
 
-    def on_each_device(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
-        sums, grads = found(_brought_together(params, layout, dtype), batch, _own_key(key, layout))
+    def on_each_device(
+        params: Params, batch: Batch, key: jax.Array, *loss_scale: jax.Array
+    ) -> tuple[tuple[jax.Array, Aux], Params]:
+        sums, grads = found(_brought_together(params, layout, dtype), batch, _own_key(key, layout), *loss_scale)
 
         def add_up(grad: jax.Array, param: jax.Array, spec: PartitionSpec) -> jax.Array:
             axes = [axis for axis in row_axes(layout.mesh) if axis not in spec]
@@ -111,7 +138,7 @@ def data_parallel(
 
         return jax.lax.psum(sums, row_axes(layout.mesh)), jax.tree.map(add_up, grads, params, layout.specs)
 
-    return _on_rows(on_each_device, layout, (PartitionSpec(), _over_rows(layout)), microbatches)
+    return wraps(grad_fn)(_on_rows(on_each_device, layout, (PartitionSpec(), _over_rows(layout)), microbatches))
 
 
 def parallel_loss(loss_fn: LossFn, layout: Layout, *, dtype: jax.typing.DTypeLike | None = None) -> LossFn:
@@ -149,7 +176,7 @@ def gather_layers(
     Args:
         layout: what `sharding.lay_out` returned for the whole model.
         name: of the subtree that holds the stacked layers, such as `"blocks"`.
-        dtype: what parameters are rounded to before they travel; None: they aren't.
+        dtype: what parameters are rounded to before they travel; None: they aren't. Give `data_parallel` the same.
         policy: what else to keep for the backward pass, one of `jax.checkpoint_policies`; None: everything but the
             parameters.
 
@@ -259,16 +286,9 @@ def _own_key(key: jax.Array, layout: Layout) -> jax.Array:
 def _on_rows(function: Callable[..., T], layout: Layout, out_specs: Any, microbatches: int) -> Callable[..., T]:
     """Runs `function(params, batch, key)` on each device with its rows."""
     rows_spec = PartitionSpec(row_axes(layout.mesh))
-    parallel = jax.shard_map(
-        function,
-        mesh=layout.mesh,
-        in_specs=(_over_rows(layout), rows_spec, PartitionSpec()),
-        out_specs=out_specs,
-        axis_names=set(row_axes(layout.mesh)),
-    )
     devices = math.prod(layout.mesh.shape[axis] for axis in row_axes(layout.mesh))
 
-    def checked(params: Params, batch: Batch, key: jax.Array) -> T:
+    def checked(params: Params, batch: Batch, key: jax.Array, *loss_scale: jax.Array) -> T:
         rows = batch["tokens"].shape[0]
         if rows % (devices * microbatches):
             slices = f" in {microbatches} microbatches" if microbatches > 1 else ""
@@ -276,6 +296,13 @@ def _on_rows(function: Callable[..., T], layout: Layout, out_specs: Any, microba
                 f"data_parallel: a batch of {rows} rows is not divisible over {devices} devices{slices}; "
                 f"use a token budget of a multiple of {devices * microbatches} rows"
             )
-        return parallel(params, batch, key)
+        parallel = jax.shard_map(
+            function,
+            mesh=layout.mesh,
+            in_specs=(_over_rows(layout), rows_spec, PartitionSpec(), *[PartitionSpec()] * len(loss_scale)),
+            out_specs=out_specs,
+            axis_names=set(row_axes(layout.mesh)),
+        )
+        return parallel(params, batch, key, *loss_scale)
 
     return checked

@@ -1,4 +1,20 @@
-"""Which arrays are computed in which precision, as wrappers of `LossFn`."""
+"""Which arrays are computed in which precision, as wrappers of `LossFn`.
+
+| array                                                                  | dtype                        |
+|------------------------------------------------------------------------|------------------------------|
+| parameters, their gradients outside the loss, optimizer state          | float32 (masters)            |
+| matrix products: operands                                              | the compute dtype            |
+| residual stream, activations between layers                            | the compute dtype            |
+| embedding lookup, so that gradients of a frequent token add up         | float32                      |
+| norms, rotary angles and turns                                         | float32                      |
+| attention's scores, softmax and its sums                               | float32                      |
+| logits, log Z, loss, weights, metrics; the output matrix's gradient    | float32                      |
+| sums over microbatches and devices, norms of gradients                 | float32                      |
+
+This is what jaxlm's models and losses do of themselves when their parameters come in the compute dtype.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +25,20 @@ from jaxlm.types import Aux, Batch, LossFn, Params
 def compute_in(dtype: jax.typing.DTypeLike, loss_fn: LossFn) -> LossFn:
     """Computes a loss with its parameters rounded to `dtype`; their masters and gradients keep their own precision.
 
-    jaxlm's models compute in the dtype of their parameters, but for norms, rotary positions, softmax, logits and the
-    loss, which are float32 always.
+    What is float32 all the same is in the table of this module. float16 comes with `scale_loss`.
 
     Args:
-        dtype: `jnp.bfloat16` on accelerators. float16 needs loss scaling, which this doesn't do.
+        dtype: `jnp.bfloat16` or, where there is none, `jnp.float16`; `jnp.float32` changes nothing.
         loss_fn: any loss function.
 
     Raises:
-        ValueError: float16 or no floating point type.
+        ValueError: another type.
     """
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        raise ValueError(f"compute_in: {jnp.dtype(dtype).name} is neither bfloat16 nor float32; use one of these")
+    allowed = jnp.float32, jnp.bfloat16, jnp.float16
+    if jnp.dtype(dtype) not in map(jnp.dtype, allowed):
+        raise ValueError(
+            f"compute_in: {jnp.dtype(dtype).name} is none of {', '.join(jnp.dtype(x).name for x in allowed)}; use one"
+        )
 
     def cast(x: jax.Array) -> jax.Array:
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -28,4 +46,54 @@ def compute_in(dtype: jax.typing.DTypeLike, loss_fn: LossFn) -> LossFn:
     def computed(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
         return loss_fn(jax.tree.map(cast, params), batch, key)
 
-    return computed
+    return scale_loss(computed) if jnp.dtype(dtype) == jnp.float16 else computed
+
+
+def scale_loss(loss_fn: LossFn) -> LossFn:
+    """Computes gradients times a scale, lest they underflow float16 (https://arxiv.org/abs/1710.03740, section 3.2).
+
+    Only between the loss and the parameters: what comes out are the true loss and, for parameters in float32, true
+    gradients, divided as soon as they are float32. Those of parameters that come in float16 stay scaled, for
+    `grads.data_parallel(..., dtype=jnp.float16)` to divide. Scales are powers of two, which change no digit.
+
+    Returns:
+        A loss function that takes the scale as a fourth argument. `train.make_step` gives it what the optimizer has
+        found, `optim.dynamic_loss_scale`. For a loss alone there is no need of it.
+
+    Raises:
+        ValueError: when traced: the gradient is asked for without a scale.
+    """
+
+    def scaled(
+        params: Params, batch: Batch, key: jax.Array, loss_scale: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        def true(x: jax.Array) -> jax.Array:
+            wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float16
+            return _gradient_times(x, None if loss_scale is None else 1 / loss_scale) if wide else x
+
+        loss_sum, aux = loss_fn(jax.tree.map(true, params), batch, key)
+        return _gradient_times(loss_sum, loss_scale), aux
+
+    return scaled
+
+
+@jax.custom_vjp
+def _gradient_times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    del factor
+    return x
+
+
+def _gradient_times_forward(x: jax.Array, factor: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    if factor is None:
+        raise ValueError(
+            "scale_loss: a gradient in float16 without a loss scale; wrap the optimizer in optim.dynamic_loss_scale, "
+            "from which train.make_step passes it on, or compute in bfloat16"
+        )
+    return x, factor
+
+
+def _gradient_times_backward(factor: jax.Array, grad: jax.Array) -> tuple[Any, None]:
+    return (grad * factor).astype(grad.dtype), None
+
+
+_gradient_times.defvjp(_gradient_times_forward, _gradient_times_backward)

@@ -13,6 +13,8 @@ import optax
 
 from jaxlm import tree
 from jaxlm.compiled import Compiled, compile_for, donating
+from jaxlm.grads import takes_loss_scale
+from jaxlm.optim import loss_scaling
 from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 
 
@@ -39,18 +41,35 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
     without a single weight has zero gradients and losses.
 
     Args:
-        grad_fn: sums of losses and their gradient.
+        grad_fn: sums of losses and their gradient. It gets the scale of the loss as a fourth argument, if the optimizer
+            has an `optim.dynamic_loss_scale`.
         optimizer: any optax transformation; those that take extra arguments get `value`, the mean loss.
         key: the key of the run.
 
     Returns:
         A pure function, for `jax.jit`, `fit` or `compile_step`. Its metrics: `loss` and the loss function's
-        own, averaged over the batch's weight; `grad_norm`, the global norm of the mean's gradient; `weight`, the sum.
+        own, averaged over the batch's weight; `grad_norm`, the global norm of the mean's gradient; `weight`, the sum;
+        where the loss is scaled, `loss_scale`, that of the next step, and `skipped`, how many steps were.
+
+    Raises:
+        ValueError: when traced: gradients in float16, or only one of `grad_fn` and optimizer that scales the loss.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss_sum, aux), grads = grad_fn(state.params, batch, jax.random.fold_in(key, state.step))
+        scaling = loss_scaling(state.opt_state)
+        if scaling and not takes_loss_scale(grad_fn):
+            raise ValueError(
+                "make_step: the optimizer has a dynamic_loss_scale, but grad_fn takes no loss scale; wrap the loss in "
+                "precision.scale_loss or compute_in(jnp.float16, ...)"
+            )
+        scale = (scaling.loss_scale,) if scaling else ()
+        (loss_sum, aux), grads = grad_fn(state.params, batch, jax.random.fold_in(key, state.step), *scale)
+        if any(g.dtype == jnp.float16 for g in jax.tree.leaves(grads)):
+            raise ValueError(
+                "make_step: gradients in float16, whose range is too small for them; keep parameters in float32, and "
+                "compute in float16 by precision.compute_in"
+            )
         one_over_weight = jnp.where(aux.weight_sum > 0, 1 / aux.weight_sum, 0)
         grads, means = jax.tree.map(
             lambda x: (x * one_over_weight).astype(x.dtype), (grads, {"loss": loss_sum, **aux.metrics})
@@ -58,6 +77,8 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=means["loss"])
         params = optax.apply_updates(state.params, updates)
         metrics = {**means, "grad_norm": tree.norm(grads), "weight": aux.weight_sum}
+        if scaling := loss_scaling(opt_state):
+            metrics |= {"loss_scale": scaling.loss_scale, "skipped": scaling.skipped}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
@@ -85,17 +106,33 @@ def fit(step: Step, state: TrainState, batches: Iterable[Batch]) -> Iterator[tup
     """Yields the state and the metrics after each batch.
 
     The state is donated: `fit` owns the one passed in, and one that it has yielded is valid until the next is asked
-    for. Nothing here waits for a step to end; reading a metric does.
+    for. Nothing here waits for a step to end; reading a metric does. Where the loss is scaled, the scale
+    is read one step late, while the next step is under way, to see whether the run can go on.
 
     Args:
         step: a step, to be jitted here, or a compiled one.
         state: what `start` returned, or a restored one.
         batches: an iterator of batches, on host or device; the loop ends with it.
+
+    Raises:
+        FloatingPointError: gradients overflow at the smallest loss scale again and again.
     """
     run = step if isinstance(step, Compiled) else donating(step, state)
+    before: Metrics = {}
     for batch in batches:
         state, metrics = run(state, batch)
+        _check_scale(before)
+        before = metrics
         yield state, metrics
+    _check_scale(before)
+
+
+def _check_scale(metrics: Metrics) -> None:
+    if "loss_scale" in metrics and metrics["loss_scale"] == 0:
+        raise FloatingPointError(
+            f"fit: gradients overflow float16 even at the smallest loss scale, and {metrics['skipped']} steps were "
+            "skipped; look for NaN in parameters and data, lower the learning rate, or compute in bfloat16"
+        )
 
 
 @contextlib.contextmanager

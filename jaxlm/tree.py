@@ -63,6 +63,18 @@ def norm(tree: Any) -> jax.Array:
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))  # with a derivative of 0 at 0
 
 
+def vary_like(x: jax.Array, like: Any) -> jax.Array:
+    """`x`, which inside `jax.shard_map` may from here on differ among devices wherever an array of the type may.
+
+    Args:
+        x: any array.
+        like: what `jax.typeof` or `jax.eval_shape` returns.
+    """
+    varying = getattr(like.manual_axis_type, "varying", frozenset[str]())
+    missing = varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
 def size(tree: Any) -> int:
     """The number of elements in all leaves; also of a tree of shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

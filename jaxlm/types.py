@@ -63,7 +63,10 @@ class LossFn(Protocol):
 
 @runtime_checkable
 class GradFn(Protocol):
-    """What `jax.value_and_grad(loss_fn, has_aux=True)` is: the sums of a `LossFn` and the gradient of its loss sum."""
+    """What `jax.value_and_grad(loss_fn, has_aux=True)` is: the sums of a `LossFn` and the gradient of its loss sum.
+
+    Those that compute in float16 take the scale of the loss as a fourth argument: see `precision.scale_loss`.
+    """
 
     def __call__(self, params: Params, batch: Batch, key: jax.Array, /) -> tuple[tuple[jax.Array, Aux], Params]: ...
 

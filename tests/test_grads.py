@@ -79,6 +79,29 @@ def test_sums_are_those_of_the_whole_batch(wrap: str, expected: Any):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("wrap", ["accumulate 4", "accumulate 16", "data_parallel in microbatches"])
+def test_auxiliary_losses_are_sums_as_the_loss_is(wrap: str):
+    """Not means of microbatches' means, which would weigh them by 1/k or by how many tokens a microbatch has."""
+    terms = {"z_loss": 0.5, "label_smoothing": 0.1}
+    grad_fn: GradFn = jax.value_and_grad(next_token(bigrams, **terms), has_aux=True)
+    expected = jax.jit(grad_fn)(PARAMS, BATCH, KEY)
+    assert expected[0][1].metrics["z_loss"] > 0.1 * expected[0][0]
+    assert_close(jax.jit(wrapped(wrap, grad_fn))(PARAMS, BATCH, KEY), expected)
+
+
+def test_memory_is_that_of_one_microbatch_however_many_there_are():
+    init, apply = transformer(TransformerConfig(vocab=64, layers=2, width=32, heads=2))
+    params, grad_fn = jax.eval_shape(init, KEY), jax.value_and_grad(next_token(apply), has_aux=True)
+
+    def temporaries(microbatches: int) -> int:
+        batch = {"tokens": jax.ShapeDtypeStruct((4 * microbatches, 64), jnp.int32)}
+        program = jax.jit(accumulate(grad_fn, microbatches)).lower(params, batch, KEY).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    sizes = [temporaries(k) for k in (2, 4, 16)]
+    assert max(sizes) < 1.05 * min(sizes)
+
+
 def test_a_transformer_on_devices_in_microbatches_has_the_sums_of_the_whole_batch():
     config = TransformerConfig(vocab=VOCAB, layers=2, width=8, heads=2)
     init, apply = transformer(config)

@@ -185,6 +185,7 @@ class Transformer(nnx.Module):
         *,
         segments: Integer[Array, "B T"] | None = None,
         cache: Cache | None = None,
+        head: Callable[[jax.Array, jax.Array], Any] | None = None,
     ) -> Any:
         """Logits, `[B T V]` float32, of the token after each; with a `cache`, `(logits, cache)`.
 
@@ -193,6 +194,8 @@ class Transformer(nnx.Module):
             segments: the document number of each token in its row, counted from 1; attention and positions restart
                 with each document. None: each row is one document.
             cache: what came before `tokens`, which must fit in what is left of it.
+            head: a function to return the result of in place of logits, of the last hidden states, `[B T D]`, and the
+                output matrix, `[D V]`.
 
         Raises:
             ValueError: both `segments` and `cache`.
@@ -215,9 +218,13 @@ class Transformer(nnx.Module):
             unroll=self.config.layers if self.unroll else 1,
         )
         matrix = embed.T if self.head is None else self.head.kernel[...]
-        flat = self.norm(x).reshape(-1, self.config.width)
-        logits = jnp.matmul(flat, matrix, preferred_element_type=jnp.float32).reshape(*tokens.shape, -1)
-        return logits if cached is None else (logits, Cache(*cached, first + tokens.shape[1]))
+        out = (head or _logits)(self.norm(x), matrix)
+        return out if cached is None else (out, Cache(*cached, first + tokens.shape[1]))
+
+
+def _logits(x: Float[Array, "B T D"], matrix: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    flat = x.reshape(-1, x.shape[-1])
+    return jnp.matmul(flat, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:2], -1)
 
 
 def _run(block: Block, x: Any, where: Where, cached: KeysAndValues | None) -> tuple[Any, KeysAndValues | None]:

@@ -7,10 +7,13 @@ from jaxlm.optim._adafactor import scale_by_adafactor as scale_by_adafactor
 from jaxlm.optim._adam import adamw as adamw
 from jaxlm.optim._adam import scale_by_adam as scale_by_adam
 from jaxlm.optim._decay import add_decayed_weights as add_decayed_weights
+from jaxlm.optim._guards import LossScaleState as LossScaleState
 from jaxlm.optim._guards import SkipState as SkipState
 from jaxlm.optim._guards import WeightEmaState as WeightEmaState
 from jaxlm.optim._guards import averaged_weights as averaged_weights
 from jaxlm.optim._guards import clip_by_global_norm as clip_by_global_norm
+from jaxlm.optim._guards import dynamic_loss_scale as dynamic_loss_scale
+from jaxlm.optim._guards import loss_scaling as loss_scaling
 from jaxlm.optim._guards import skip_nonfinite as skip_nonfinite
 from jaxlm.optim._guards import weight_ema as weight_ema
 from jaxlm.optim._lamb import lamb as lamb

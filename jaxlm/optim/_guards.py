@@ -1,6 +1,7 @@
-"""What stands around an optimizer: clipping, skipping, averaging."""
+"""What stands around an optimizer: clipping, skipping, the scale of the loss, averaging."""
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, Final, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import optax
 
 from jaxlm import tree
 from jaxlm.optim._leaves import at, check_range, need, next_count, transformation
+
+T = TypeVar("T")
 
 
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
@@ -62,12 +65,111 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
     def update(updates: Any, state: SkipState, params: Any = None, **extra: Any) -> tuple[Any, SkipState]:
         fine = jnp.isfinite(tree.norm(updates))
-        updates, inner = tx.update(updates, state.inner, params, **extra)
-        updates = jax.tree.map(lambda u: jnp.where(fine, u, jnp.array(-0.0, u.dtype)), updates)
-        inner = jax.tree.map(lambda new, old: jnp.where(fine, new, old), inner, state.inner)
+        updates, inner = _update_if(fine, tx, updates, state.inner, params, extra)
         return updates, SkipState(inner, state.skipped + (~fine).astype(jnp.int32))
 
     return transformation(init, update)
+
+
+def _update_if(fine: jax.Array, tx: Any, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
+    """The update and the state of `tx`; -0 and as it was, if not `fine`."""
+    updates, new = tx.update(updates, state, params, **extra)
+    updates = jax.tree.map(lambda u: jnp.where(fine, u, jnp.array(-0.0, u.dtype)), updates)
+    return updates, jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, state)
+
+
+class LossScaleState(NamedTuple):
+    """The state of `dynamic_loss_scale`."""
+
+    inner: Any
+    loss_scale: jax.Array
+    """float32: what the next loss is to be multiplied by; 0 once the run can't go on."""
+    clean: jax.Array
+    """int32: updates taken since the scale changed."""
+    stuck: jax.Array
+    """int32: updates skipped in a row since the scale is the smallest."""
+    skipped: jax.Array
+    """int32: how many updates were skipped."""
+
+
+LARGEST_SCALE: Final = 2.0**24
+"""Beyond it is nothing to gain: float16's smallest number times it is 1."""
+
+
+def dynamic_loss_scale(
+    tx: optax.GradientTransformation,
+    *,
+    initial: float | int = 2.0**16,
+    smallest: float | int = 2.0**-10,
+    growth_interval: int = 2000,
+    patience: int = 20,
+) -> optax.GradientTransformationExtraArgs:
+    """Finds the greatest scale at which gradients don't overflow float16: doubled after some steps, halved at overflow.
+
+    As in https://arxiv.org/abs/1710.03740, section 3.2. It doesn't scale: `precision.scale_loss` does, to which
+    `train.make_step` passes the scale on, and undoes it, so that all here are true gradients. Where their global norm
+    is infinite or undefined, parameters and all other state are left as they are, as by `skip_nonfinite`.
+
+    A run that overflows at the smallest scale again and again has another problem than range: its scale becomes 0, no
+    update is taken any more, and `train.fit` ends it with an error.
+
+    Scales are smaller than where losses are means: a gradient in float16 is that of the sum over a microbatch.
+
+    Args:
+        tx: any transformation; this is meant to be outermost, around a whole chain.
+        initial: the first scale, a power of two.
+        smallest: the least scale, a power of two.
+        growth_interval: updates in a row after which the scale doubles, up to 2**24.
+        patience: how many skipped updates in a row at the smallest scale end the run.
+
+    Raises:
+        ValueError: scales that aren't powers of two or out of order, an interval or patience below 1.
+    """
+    for name, value in {"initial": initial, "smallest": smallest}.items():
+        if not 0 < value <= LARGEST_SCALE or math.frexp(value)[0] != 0.5:
+            raise ValueError(f"dynamic_loss_scale: {name} is {value}; use a power of two, at most 2**24")
+    if initial < smallest:
+        raise ValueError(f"dynamic_loss_scale: initial is {initial}, below the smallest, {smallest}; use at least that")
+    for name, value in {"growth_interval": growth_interval, "patience": patience}.items():
+        if value < 1:
+            raise ValueError(f"dynamic_loss_scale: {name} is {value}; use 1 or more")
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> LossScaleState:
+        zero = jnp.zeros((), jnp.int32)
+        return LossScaleState(tx.init(params), jnp.full((), initial, jnp.float32), zero, zero, zero)
+
+    def update(updates: Any, state: LossScaleState, params: Any = None, **extra: Any) -> tuple[Any, LossScaleState]:
+        scale = state.loss_scale
+        fine = jnp.isfinite(tree.norm(updates)) & (scale > 0)
+        updates, inner = _update_if(fine, tx, updates, state.inner, params, extra)
+        clean = jnp.where(fine, state.clean + 1, 0)
+        stuck = jnp.where(~fine & (scale <= smallest), state.stuck + 1, 0)
+        grows = clean >= growth_interval
+        raised = jnp.where(grows, jnp.minimum(2 * scale, LARGEST_SCALE), scale)
+        lowered = jnp.where(stuck < patience, jnp.maximum(scale / 2, smallest), 0)
+        scale = jnp.where(scale > 0, jnp.where(fine, raised, lowered), 0)
+        skipped = state.skipped + (~fine).astype(jnp.int32)
+        return updates, LossScaleState(inner, scale, jnp.where(grows, 0, clean), stuck, skipped)
+
+    return transformation(init, update)
+
+
+def loss_scaling(opt_state: Any) -> LossScaleState | None:
+    """The state of the `dynamic_loss_scale` in an optimizer's state, however deep; None if there is none.
+
+    Raises:
+        ValueError: there is more than one.
+    """
+    found = _states_of(LossScaleState, opt_state)
+    if len(found) > 1:
+        raise ValueError(f"loss_scaling: the optimizer has {len(found)} dynamic_loss_scale; use one, around all others")
+    return found[0] if found else None
+
+
+def _states_of(kind: type[T], opt_state: Any) -> list[T]:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
 
 
 class WeightEmaState(NamedTuple):
@@ -119,11 +221,7 @@ def averaged_weights(opt_state: Any, params: Any) -> Any:
     Raises:
         ValueError: there is none, or more than one.
     """
-
-    def is_ema(x: Any) -> bool:
-        return isinstance(x, WeightEmaState)
-
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ema) if is_ema(x)]
+    found = _states_of(WeightEmaState, opt_state)
     if len(found) != 1:
         raise ValueError(f"averaged_weights: the optimizer has {len(found)} weight_ema; it must have one, as its last")
     return jax.tree.map(lambda w, p: w.astype(p.dtype), found[0].weights, params)

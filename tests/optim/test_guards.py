@@ -69,6 +69,41 @@ def test_a_skipped_update_advances_no_schedule():
     assert state.skipped == 2
 
 
+def test_the_loss_scale_doubles_after_clean_updates_and_halves_at_overflow():
+    tx = optim.dynamic_loss_scale(optax.adam(0.1), initial=8, smallest=2, growth_interval=3, patience=3)
+    update, state, params = jax.jit(tx.update), tx.init(PARAMS), PARAMS
+    scales: list[float] = []
+    for fine in (1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0):
+        grads = jax.tree.map(lambda g, fine=fine: g.at[0].set(g[0] if fine else jnp.inf), GRADS)
+        before, (updates, state) = state, update(grads, state, params)
+        if not fine or not before.loss_scale:
+            jax.tree.map(np.testing.assert_array_equal, state.inner, before.inner)
+            jax.tree.map(np.testing.assert_array_equal, optax.apply_updates(params, updates), params)
+        params = optax.apply_updates(params, updates)
+        scales.append(float(state.loss_scale))
+    # Halved to the smallest, where two skipped in a row are borne and the third ends it, for ever.
+    assert scales == [8, 8, 16, 16, 16, 8, 8, 8, 4, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0]
+    assert (state.inner[0].count, state.skipped) == (8, 12)
+
+
+def test_the_loss_scale_has_a_ceiling():
+    tx = optim.dynamic_loss_scale(optax.sgd(0.1), initial=2**23, growth_interval=1)
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        _, state = tx.update(GRADS, state, PARAMS)
+    assert state.loss_scale == 2**24
+
+
+def test_the_loss_scale_is_found_wherever_it_is():
+    tx = optax.chain(optax.identity(), optim.skip_nonfinite(optim.dynamic_loss_scale(optax.sgd(0.1), initial=4)))
+    found = optim.loss_scaling(tx.init(PARAMS))
+    assert found is not None
+    assert found.loss_scale == 4
+    assert optim.loss_scaling(optax.adam(0.1).init({"loss_scale": jnp.ones(())})) is None
+    with pytest.raises(ValueError, match="has 2 dynamic_loss_scale; use one"):
+        optim.loss_scaling((tx.init(PARAMS), tx.init(PARAMS)))
+
+
 def test_weights_are_averaged_in_float32():
     tx = optax.chain(optax.sgd(0.1), optim.weight_ema(0.9))
     params: Any = {"a": jnp.full(3, 1.0, jnp.bfloat16)}
@@ -117,6 +152,12 @@ def test_per_layer_keeps_what_looks_at_the_whole_tree_whole():
     ("make", "message"),
     [
         (lambda: optim.clip_by_global_norm(0.0), "max_norm is 0.0; use a number above 0"),
+        (lambda: optim.dynamic_loss_scale(optax.sgd(0.1), initial=3), "initial is 3; use a power of two"),
+        (lambda: optim.dynamic_loss_scale(optax.sgd(0.1), initial=2**25), "initial is 33554432; .*at most 2"),
+        (lambda: optim.dynamic_loss_scale(optax.sgd(0.1), smallest=0), "smallest is 0; use a power of two"),
+        (lambda: optim.dynamic_loss_scale(optax.sgd(0.1), initial=1, smallest=2), "initial is 1, below the smallest"),
+        (lambda: optim.dynamic_loss_scale(optax.sgd(0.1), growth_interval=0), "growth_interval is 0; use 1 or more"),
+        (lambda: optim.dynamic_loss_scale(optax.sgd(0.1), patience=0), "patience is 0; use 1 or more"),
         (lambda: optim.weight_ema(1.0), "decay is 1.0; use 0.0 <= decay < 1.0"),
         (lambda: optim.scale_by_adam(b2=1.0), "b2 is 1.0"),
         (lambda: optim.lion(1e-3, b2=0.0), "nothing is kept of past gradients"),
