@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
@@ -15,8 +16,8 @@ from jaxlm.models.blockwise import share, whole_rows
 from jaxlm.models.masks import Mask, Window, causal
 
 Implementation = Callable[..., Array]
-"""`implementation(q, k, v, mask=, first=, segments=, softcap=)`, as `attention` takes them; it raises a ValueError where
-it can't do what it is asked for. Ours are `dense`, `blockwise`, `cudnn` and `splash`."""
+"""`implementation(q, k, v, mask=, first=, segments=, softcap=)`, as `attention` takes them; it raises a ValueError at
+what it can't do. Ours are `dense`, `blockwise`, `cudnn` and `splash`."""
 
 LONG: Final = 1024
 """From here on `blockwise` may be chosen."""
@@ -143,8 +144,7 @@ def splash(
 ) -> Float[Array, "B T N H"]:
     """JAX's Pallas kernel for TPUs, which skips empty blocks: causal masks and windows, segments, soft caps.
 
-    Args:
-        interpret: run the kernel's steps by XLA, anywhere and slowly.
+    With `interpret` XLA runs the kernel's steps, anywhere and slowly.
 
     Raises:
         ValueError: anything else.
@@ -178,12 +178,21 @@ def splash(
     return jnp.swapaxes(y, 1, 2).astype(q.dtype)
 
 
-def _unchecked(run: Callable[..., Any]) -> Callable[..., Any]:
-    """For kernels inside `jax.shard_map`: they don't say over which axes their results vary, so let it not ask."""
+def _unchecked(run: Callable[..., Array]) -> Callable[..., Array]:
+    """For kernels inside `jax.shard_map`: they don't say over which axes their results vary, so let nobody ask.
+
+    Not in their backward rules either, which is why these are traced with types that vary over none.
+    """
 
     def local(f: Callable[..., Any]) -> Callable[..., Any]:
+        def traced(*arguments: Any) -> Any:
+            leaves, structure = jax.tree.flatten(arguments)
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+            program, result = jax.make_jaxpr(lambda *x: f(*structure.unflatten(x)), return_shape=True)(*shapes)
+            return jax.tree.unflatten(jax.tree.structure(result), jaxpr_as_fun(program)(*leaves))
+
         whole = PartitionSpec()
-        return jax.shard_map(f, in_specs=whole, out_specs=whole, axis_names=set(), check_vma=False)
+        return jax.shard_map(traced, in_specs=whole, out_specs=whole, axis_names=set(), check_vma=False)
 
     @jax.custom_vjp
     def called(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
