@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
 from jaxlm.models.blockwise import blockwise as blockwise
-from jaxlm.models.blockwise import share, whole_rows
+from jaxlm.models.blockwise import share, vary_alike, whole_rows
 from jaxlm.models.masks import Mask, Window, causal
 
 Implementation = Callable[..., Array]
@@ -192,7 +192,8 @@ def _unchecked(run: Callable[..., Array]) -> Callable[..., Array]:
             return jax.tree.unflatten(jax.tree.structure(result), jaxpr_as_fun(program)(*leaves))
 
         whole = PartitionSpec()
-        return jax.shard_map(traced, in_specs=whole, out_specs=whole, axis_names=set(), check_vma=False)
+        unchecked = jax.shard_map(traced, in_specs=whole, out_specs=whole, axis_names=set(), check_vma=False)
+        return lambda *arguments: vary_alike(arguments, unchecked(*arguments))[1]
 
     @jax.custom_vjp
     def called(q: Array, k: Array, v: Array, segments: Array | None) -> Array:

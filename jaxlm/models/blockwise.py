@@ -111,7 +111,7 @@ def blockwise(
     grouped, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, whole - length), (0, 0)]) for x in (grouped, k, v))
     if segments is not None:
         segments = jnp.pad(segments, ((0, 0), (0, whole - length)))
-    y = _attend(_Static(mask, softcap, block), *_vary_alike(grouped, k, v, segments))
+    y = _attend(_Static(mask, softcap, block), *vary_alike(grouped, k, v, segments))
     return jnp.moveaxis(y[..., :length, :], 3, 1).reshape(q.shape)
 
 
@@ -164,7 +164,7 @@ def _backward(static: _Static, kept: Any, dy: Groups) -> Any:
         ]
         return tuple(added), dq.astype(q.dtype)
 
-    sums: Any = (_vary_alike(k, jnp.zeros(_blocks(k, static).shape, jnp.float32))[1],) * 2
+    sums: Any = (vary_alike(k, jnp.zeros(_blocks(k, static).shape, jnp.float32))[1],) * 2
     dqs: list[Any] = []
     for part in _parts(static.mask, q.shape[3], static.block):
         divided = [_divide(x, part, static) for x in (q, dy, inner, log_sums)]
@@ -214,7 +214,7 @@ def _join(parts: list[Array]) -> Array:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def _vary_alike(*arrays: Any) -> Any:
+def vary_alike(*arrays: Any) -> Any:
     """Where one differs between devices, inside `jax.shard_map`, all may."""
     varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
 
