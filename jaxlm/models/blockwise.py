@@ -13,8 +13,9 @@ from jaxlm.models.masks import Mask
 
 BLOCK: Final = 128
 """Positions in a block. On CPUs 64 to 256 are equally fast."""
-PARTS: Final = 8
-"""A row's queries are divided into so many parts, each with a list of blocks as long as its longest."""
+PARTS: Final = 4
+"""A row's queries are divided into so many parts, each a loop over lists of blocks as long as its longest: with more,
+less is computed in vain and more compiled."""
 
 Groups = Float[Array, "B K G T H"]
 Keys = Float[Array, "B K S H"]
@@ -178,7 +179,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(
-    static: _Static, q: Groups, k: Keys, q_at: Any, keys: Any, real: Any, segments: Integer[Array, "B T"] | None
+    static: _Static, q: Groups, k: Keys, q_at: Any, keys: Any, real: Any, segments: Integer[Array, "B _"] | None
 ) -> tuple[Any, Any]:
     """One block of queries' scores, masked, and as they are before."""
     within = jnp.arange(static.block)
