@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Integer
 
 from jaxlm.checkpoint import load_params
 from jaxlm.data.tokenizers import Tokenizer, tokenizer_of
-from jaxlm.models import TransformerConfig, empty_cache, transformer
+from jaxlm.models import TransformerConfig, empty_cache, masks, transformer
 from jaxlm.types import Params
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length"))
+@functools.partial(jax.jit, static_argnames=("config", "length", "mask"))
 def generate(
     config: TransformerConfig,
     params: Params,
@@ -24,6 +24,7 @@ def generate(
     *,
     length: int,
     temperature: float | Float[Array, ""] = 1.0,
+    mask: masks.Mask = masks.causal,
 ) -> Integer[Array, "B length"]:
     """Samples `length` tokens after each prompt, keeping keys and values of what came before.
 
@@ -34,6 +35,7 @@ def generate(
         key: for the draws.
         length: how many tokens to draw.
         temperature: divides the logits; 0 takes the likeliest token always.
+        mask: the one that the model was made with.
 
     Returns:
         The drawn ids, int32.
@@ -43,7 +45,7 @@ def generate(
     """
     if length < 1:
         raise ValueError(f"generate: length is {length}; use 1 or more")
-    _, apply = transformer(config)
+    _, apply = transformer(config, mask=mask)
     rows, prompt_length = prompt.shape
     cache = empty_cache(config, rows, prompt_length + length, params["embed"].dtype)
 

@@ -1,5 +1,7 @@
 """Models as pairs of pure functions, `(init, apply)`."""
 
+from jaxlm.models import attention as attention
+from jaxlm.models import masks as masks
 from jaxlm.models.functional import functional as functional
 from jaxlm.models.transformer import Cache as Cache
 from jaxlm.models.transformer import Transformer as Transformer

@@ -1,7 +1,8 @@
 """The decoder: one block, stacked and scanned."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -11,9 +12,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
 from jaxlm import tree
-from jaxlm.models.attention import attention
+from jaxlm.models.attention import Implementation, attention
 from jaxlm.models.functional import functional
 from jaxlm.models.layers import Activation, FeedForward, Linear, RMSNorm, rotary
+from jaxlm.models.masks import Mask, causal
+from jaxlm.models.masks import window as window_of
 from jaxlm.types import Params
 
 
@@ -23,7 +26,8 @@ class TransformerConfig:
 
     Raises:
         ValueError: a size below 1, `width` that `heads` doesn't divide, `heads` that `kv_heads` doesn't divide, an odd
-            head width, or an unknown activation.
+            head width, an unknown activation, a window below 1, windows that don't go into `layers` whole times, or a
+            soft cap that isn't above 0.
     """
 
     vocab: int
@@ -42,6 +46,11 @@ class TransformerConfig:
     """The output matrix is the transposed embedding."""
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
+    windows: tuple[int | None, ...] | None = None
+    """How many keys each layer sees, from the query's own on back, repeated over the layers: with (256, 256, None)
+    every third layer sees all. None: all do."""
+    softcap: int | float | None = None
+    """Attention's scores x become `softcap * tanh(x / softcap)`, as in Gemma 2; None: they don't."""
 
     def __post_init__(self):
         for name in ("vocab", "layers", "width", "heads", "key_heads", "hidden_width"):
@@ -59,6 +68,16 @@ class TransformerConfig:
             raise ValueError(
                 f"TransformerConfig: rotary positions need an even head width, not {self.width}/{self.heads}"
             )
+        if self.windows is not None:
+            object.__setattr__(self, "windows", tuple(self.windows))  # from JSON it comes as a list
+            if not self.windows or any(width is not None and width < 1 for width in self.windows):
+                raise ValueError(f"TransformerConfig: windows are {self.windows}; use widths of 1 or more, or None")
+            if self.layers % len(self.windows):
+                raise ValueError(
+                    f"TransformerConfig: {self.layers} layers are not divisible by the {len(self.windows)} of windows"
+                )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"TransformerConfig: softcap is {self.softcap}; use a number above 0, or None")
 
     @property
     def head_width(self) -> int:
@@ -101,6 +120,8 @@ class Where(NamedTuple):
 
 
 KeysAndValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+Attend = Callable[..., Float[Array, "B T N H"]]
+"""`attend(q, k, v, first=, segments=)`: `attention` with a layer's mask."""
 
 
 class Attention(nnx.Module):
@@ -118,7 +139,7 @@ class Attention(nnx.Module):
         self.k_norm = norm and norm(config.head_width, rngs, epsilon=config.norm_epsilon)
 
     def __call__(
-        self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None
+        self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None, attend: Attend
     ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
         config = self.config
         q, k, v = (linear(x).reshape(*x.shape[:2], -1, config.head_width) for linear in (self.q, self.k, self.v))
@@ -128,7 +149,7 @@ class Attention(nnx.Module):
         if cached is not None:
             cached = _put(cached[0], k, where.first), _put(cached[1], v, where.first)
             k, v = cached
-        y = attention(q, k, v, first=where.first, segments=where.segments)
+        y = attend(q, k, v, first=0 if cached is None else where.first, segments=where.segments)
         return self.o(y.reshape(*x.shape[:2], -1)), cached
 
 
@@ -143,9 +164,9 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config.width, config.hidden_width, config.activation, rngs, out_scale=out_scale)
 
     def __call__(
-        self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None
+        self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None, attend: Attend
     ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
-        y, cached = self.attention(self.attention_norm(x), where, cached)
+        y, cached = self.attention(self.attention_norm(x), where, cached, attend)
         x = x + y
         return x + self.feed_forward(self.feed_forward_norm(x)), cached
 
@@ -162,6 +183,8 @@ class Transformer(nnx.Module):
             often faster on GPUs. The parameters are the same.
         wrap_layer: a wrapper of the function `layer(params, *args)` that each block is, such as `jax.checkpoint` or
             `grads.gather_layers(...)`.
+        mask: what all layers see, each within its window: one of `masks`.
+        implementation: of attention, one of `attention`'s; None: the fastest that can do it on the default backend.
     """
 
     def __init__(
@@ -171,8 +194,11 @@ class Transformer(nnx.Module):
         *,
         unroll: bool = False,
         wrap_layer: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        mask: Mask = causal,
+        implementation: Implementation | None = None,
     ):
         self.config, self.unroll, self.wrap_layer = config, unroll, wrap_layer
+        self.mask, self.implementation = mask, implementation
         self.embed = nnx.Param(config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab, config.width)))
         keys = jax.random.split(rngs.params(), config.layers)
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
@@ -185,6 +211,7 @@ class Transformer(nnx.Module):
         *,
         segments: Integer[Array, "B T"] | None = None,
         cache: Cache | None = None,
+        window: int | None = None,
         head: Callable[[jax.Array, jax.Array], Any] | None = None,
     ) -> Any:
         """Logits, `[B T V]` float32, of the token after each; with a `cache`, `(logits, cache)`.
@@ -194,11 +221,13 @@ class Transformer(nnx.Module):
             segments: the document number of each token in its row, counted from 1; attention and positions restart
                 with each document. None: each row is one document.
             cache: what came before `tokens`, which must fit in what is left of it.
+            window: a static number: for this call no layer sees more keys, as in schedules that widen the window
+                (https://arxiv.org/abs/2503.15450).
             head: a function to return the result of in place of logits, of the last hidden states, `[B T D]`, and the
                 output matrix, `[D V]`.
 
         Raises:
-            ValueError: both `segments` and `cache`.
+            ValueError: both `segments` and `cache`, a window below 1, or what the attention can't do.
         """
         if segments is not None and cache is not None:
             raise ValueError("Transformer: got both segments and a cache; generate for one document a row")
@@ -209,17 +238,45 @@ class Transformer(nnx.Module):
             positions = positions - _starts(segments)
         where = Where(first, positions, segments)
         cached = None if cache is None else (cache.k, cache.v)
-        layer = self.wrap_layer(_run) if self.wrap_layer else _run
+        layers = [
+            _layer(
+                functools.partial(
+                    attention, mask=mask, softcap=self.config.softcap, implementation=self.implementation
+                ),
+                self.wrap_layer,
+            )
+            for mask in self._masks(window)
+        ]
+
+        def run(x: Any, given: Any) -> tuple[Any, Any]:
+            """The layers of one period of the windows."""
+            found: list[Any] = []
+            for i, layer in enumerate(layers):
+                block, cached = jax.tree.map(lambda leaf, i=i: leaf[i], given)
+                x, cached = layer(block, x, where, cached)
+                found.append(cached)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+        blocks_and_cached = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, len(layers), *leaf.shape[1:]), (self.blocks, cached)
+        )
         x, cached = jax.lax.scan(
-            lambda x, block_and_cached: layer(block_and_cached[0], x, where, block_and_cached[1]),
+            run,
             # Looked up in float32, where the gradients of a token add up: bfloat16 stops at some 256 of them.
             embed.astype(jnp.float32)[tokens].astype(embed.dtype),
-            (self.blocks, cached),
-            unroll=self.config.layers if self.unroll else 1,
+            blocks_and_cached,
+            unroll=self.config.layers // len(layers) if self.unroll else 1,
         )
+        cached = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cached)
         matrix = embed.T if self.head is None else self.head.kernel[...]
         out = (head or _logits)(self.norm(x), matrix)
         return out if cached is None else (out, Cache(*cached, first + tokens.shape[1]))
+
+    def _masks(self, window: int | None) -> Sequence[Mask]:
+        """The layers' masks, over one period."""
+        widths = self.config.windows or (None,)
+        narrowed = self.mask if window is None else self.mask & window_of(window)
+        return [narrowed if width is None else narrowed & window_of(width) for width in widths]
 
 
 def _logits(x: Float[Array, "B T D"], matrix: Float[Array, "D V"]) -> Float[Array, "B T V"]:
@@ -227,8 +284,13 @@ def _logits(x: Float[Array, "B T D"], matrix: Float[Array, "D V"]) -> Float[Arra
     return jnp.matmul(flat, matrix, preferred_element_type=jnp.float32).reshape(*x.shape[:2], -1)
 
 
-def _run(block: Block, x: Any, where: Where, cached: KeysAndValues | None) -> tuple[Any, KeysAndValues | None]:
-    return block(x, where, cached)
+def _layer(attend: Attend, wrap_layer: Any) -> Callable[..., tuple[Any, KeysAndValues | None]]:
+    """A block as a function of its parameters, `layer(block, x, where, cached)`."""
+
+    def layer(block: Block, x: Any, where: Where, cached: KeysAndValues | None) -> Any:
+        return block(x, where, cached, attend)
+
+    return wrap_layer(layer) if wrap_layer else layer
 
 
 def _put(

@@ -1,9 +1,20 @@
+"""Attention against its formula in float64, one query at a time: every implementation that runs here."""
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.models.attention import attention
+from jaxlm.models import masks
+from jaxlm.models.attention import attention, blockwise, cudnn, dense, splash
+from jaxlm.models.blockwise import share
 
 attend = jax.jit(attention)
 ROWS, LENGTH, HEADS, WIDTH = 2, 6, 4, 8
@@ -14,22 +25,94 @@ def segments(request: pytest.FixtureRequest) -> jax.Array | None:
     return jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 3, 3]]) if request.param else None
 
 
-def inputs(key_heads: int, *, scale: float = 1.0, dtype: jax.typing.DTypeLike = jnp.float32) -> list[jax.Array]:
+def inputs(
+    key_heads: int,
+    *,
+    scale: float = 1.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    length: int = LENGTH,
+    width: int = WIDTH,
+    heads: int = HEADS,
+) -> list[jax.Array]:
     rng = np.random.default_rng(key_heads)
-    q, k, v = (rng.normal(size=(ROWS, LENGTH, n, WIDTH)) for n in (HEADS, key_heads, key_heads))
+    q, k, v = (rng.normal(size=(ROWS, length, n, width)) for n in (heads, key_heads, key_heads))
     return [jnp.asarray(x, dtype) for x in (scale * q, k, v)]
 
 
-def one_query_at_a_time(*arrays: jax.Array, first: int = 0, segments: jax.Array | None = None) -> np.ndarray:
+def one_query_at_a_time(
+    *arrays: jax.Array,
+    mask: Any = masks.causal,
+    first: int = 0,
+    segments: Any = None,
+    softcap: float | None = None,
+    dy: Any = None,
+) -> Any:
+    """Outputs; with their cotangent `dy`, the gradients of the three arrays."""
     q, k, v = (np.asarray(x, np.float64) for x in arrays)
-    out = np.zeros_like(q)
+    out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b, t, n in np.ndindex(*q.shape[:3]):
-        head = n // (q.shape[2] // k.shape[2])
-        seen = [s for s in range(first + t + 1) if segments is None or segments[b, s] == segments[b, t]]
-        scores = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[3])
+        head, at = n // (q.shape[2] // k.shape[2]), first + t
+        seen = [
+            s
+            for s in range(at + 1)
+            if (segments is None or segments[b, s] == segments[b, t]) and bool(mask.allowed(at, s))
+        ]
+        raw = k[b, seen, head] @ q[b, t, n] / np.sqrt(q.shape[3])
+        scores = raw if softcap is None else softcap * np.tanh(raw / softcap)
         weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights @ v[b, seen, head] / weights.sum()
-    return out
+        weights /= weights.sum()
+        out[b, t, n] = weights @ v[b, seen, head]
+        if dy is not None:
+            d_scores = weights * ((v[b, seen, head] - out[b, t, n]) @ dy[b, t, n])
+            if softcap is not None:
+                d_scores *= 1 - np.tanh(raw / softcap) ** 2
+            d_scores /= np.sqrt(q.shape[3])
+            dq[b, t, n] = d_scores @ k[b, seen, head]
+            dk[b, seen, head] += d_scores[:, None] * q[b, t, n]
+            dv[b, seen, head] += weights[:, None] * dy[b, t, n]
+    return out if dy is None else (dq, dk, dv)
+
+
+LONGER = 37
+DOCUMENTS = np.sort(np.random.default_rng(0).integers(1, 4, (ROWS, LONGER)), axis=1)
+DOCUMENTS[1, 30:] = 0  # padding
+HERE: dict[str, Callable[..., Any]] = {"dense": dense, "blockwise": functools.partial(blockwise, block=8)}
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "causal": (4, {}),
+    "causal, segments, soft cap": (2, {"segments": DOCUMENTS, "softcap": 0.7}),
+    "window": (1, {"mask": masks.window(5)}),
+    "window, segments": (2, {"mask": masks.window(5), "segments": DOCUMENTS}),
+    "window, soft cap": (4, {"mask": masks.window(20), "softcap": 2}),
+    "strided": (2, {"mask": masks.strided(3, 2)}),
+    "fixed, segments": (1, {"mask": masks.fixed(4, 2), "segments": DOCUMENTS}),
+    "bigbird": (2, {"mask": masks.bigbird(4, window=1)}),
+    "bigbird, segments": (4, {"mask": masks.bigbird(8), "segments": DOCUMENTS}),
+    "both, soft cap": (2, {"mask": masks.bigbird(4) & masks.window(11), "softcap": 0.7}),
+    "either": (2, {"mask": masks.window(3) | masks.fixed(2, 4)}),
+}
+SIZES = {f"blocks of {size}": functools.partial(blockwise, block=size) for size in (5, 37, 64)}
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [*itertools.product(CASES, HERE.values()), *itertools.product(["window, segments"], SIZES.values())],
+    ids=[*map("-".join, itertools.product(CASES, HERE)), *SIZES],
+)
+def test_outputs_and_gradients_are_their_formulas(case: str, implementation: Any):
+    key_heads, options = CASES[case]
+    q, k, v = inputs(key_heads, length=LONGER)
+    dy = np.random.default_rng(9).normal(size=q.shape)
+    expected = one_query_at_a_time(q, k, v, **options), *one_query_at_a_time(q, k, v, **options, dy=dy)
+
+    traced = {name: jnp.asarray(value) if name == "segments" else value for name, value in options.items()}
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda *x: attention(*x, **traced, implementation=implementation), *arrays)
+        return y, *pull(jnp.asarray(dy, jnp.float32))
+
+    for found, right in zip(run(q, k, v), expected, strict=True):
+        np.testing.assert_allclose(found, right, rtol=2e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
@@ -82,3 +165,180 @@ def test_bfloat16_rounds_weights_and_output_only():
     # 30 or so) rounded too, the weights would be wrong by some 10 %.
     error = np.max(np.abs(np.asarray(out, np.float64) - one_query_at_a_time(q, k, v)))
     assert error < 2 * 2**-8 * float(jnp.max(jnp.abs(v)))
+
+
+def test_bfloat16_blocks_are_as_exact_as_bfloat16_whole_rows():
+    arrays = inputs(2, dtype=jnp.bfloat16, length=LONGER)
+    dy = np.random.default_rng(9).normal(size=arrays[0].shape).astype(jnp.bfloat16)
+    exact = one_query_at_a_time(*arrays, mask=masks.window(9), dy=dy.astype(np.float64))
+
+    def errors(implementation: Any) -> list[float]:
+        _, pull = jax.vjp(lambda *x: attention(*x, mask=masks.window(9), implementation=implementation), *arrays)
+        found = [np.asarray(x, np.float64) for x in jax.jit(pull)(jnp.asarray(dy))]
+        return [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(found, exact, strict=True)]
+
+    whole, by_blocks = errors(dense), errors(functools.partial(blockwise, block=8))
+    assert all(0 < mine < 2**-7 and mine < 1.2 * theirs for mine, theirs in zip(by_blocks, whole, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_a_packed_document_is_attended_to_as_alone_in_a_row(implementation: str):
+    run = jax.jit(functools.partial(attention, mask=masks.window(6), implementation=HERE[implementation]))
+    q, k, v = inputs(2, length=LONGER)
+    packed = run(q, k, v, segments=jnp.asarray(DOCUMENTS))
+    for row, number in ((0, 1), (0, 2), (1, 3)):
+        at = DOCUMENTS[row] == number
+        alone = [jnp.zeros_like(x).at[0, : at.sum()].set(x[row, at]) for x in (q, k, v)]
+        np.testing.assert_allclose(packed[row, at], run(*alone)[0, : at.sum()], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_padding_at_the_end_changes_nothing_before_it(implementation: str):
+    run = jax.jit(
+        jax.grad(lambda *x: jnp.sum(attention(*x, implementation=HERE[implementation])[:, :20] ** 2), (0, 1, 2))
+    )
+    arrays = inputs(2, length=LONGER)
+    for one, other in zip(run(*arrays), run(*(x.at[:, 20:].set(1e3) for x in arrays)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_blocks_keep_no_scores_and_skip_what_is_masked():
+    length, window = 4096, masks.window(256)
+    q = jax.ShapeDtypeStruct((1, length, 1, 32), jnp.float32)
+
+    def temporaries(implementation: Any) -> int:
+        gradient = jax.grad(lambda *x: jnp.sum(attention(*x, mask=window, implementation=implementation)), (0, 1, 2))
+        return jax.jit(gradient).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(dense) >= 4 * length**2
+    assert temporaries(blockwise) < 4 * length**2 / 8
+    assert share(window, length) == 3 * 128 / length
+    assert share(masks.causal, length) == (1 + 2 + 3 + 4) / 4**2
+
+
+def kernel_inputs(**options: Any) -> list[jax.Array]:
+    return inputs(2, length=256, width=64, **options)
+
+
+def across_devices(implementation: Any, **options: Any) -> Any:
+    """Outputs and gradients with a row on each of two devices, as a model in `grads.data_parallel` computes them."""
+    mesh = jax.make_mesh((ROWS,), ("data",), devices=jax.devices()[:ROWS])
+    rows = PartitionSpec("data")
+
+    def local(*arrays: jax.Array) -> Any:
+        qkv, numbers = arrays[:3], dict(zip(("segments",), arrays[3:], strict=False))
+        y, pull = jax.vjp(lambda *x: attention(*x, **options, **numbers, implementation=implementation), *qkv)
+        return y, pull(jnp.cos(y))
+
+    def run(*arrays: jax.Array) -> Any:
+        placed = [jax.device_put(x, NamedSharding(mesh, rows)) for x in arrays]
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows))(*placed)
+
+    return run
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_inside_shard_map_are_those_outside(packed: bool):
+    arrays = inputs(2, length=LONGER) + [jnp.asarray(DOCUMENTS)] * packed
+    small = functools.partial(blockwise, block=8)
+    found, expected = (across_devices(x, mask=masks.window(9))(*arrays) for x in (small, dense))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=5e-6), found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask": masks.window(100)}, {"mask": masks.window(100), "softcap": 1.5}, {"segments": True}],
+    ids=str,
+)
+def test_the_tpu_kernel_interpreted_is_dense_attention(options: dict[str, Any]):
+    options = dict(options)
+    numbers = jnp.sort(jax.random.randint(jax.random.key(0), (ROWS, 256), 1, 4), axis=1)
+    arrays = kernel_inputs() + [numbers] * options.pop("segments", False)
+    here = functools.partial(splash, interpret=True)
+    found, expected = (across_devices(x, **options)(*arrays) for x in (here, dense))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=3e-5), found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [masks.causal, masks.window(100)])
+def test_cudnn_is_dense_attention(mask: Any):
+    arrays = kernel_inputs(dtype=jnp.bfloat16)
+
+    def run(implementation: Any) -> Any:
+        def total(*x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(attention(*x, mask=mask, implementation=implementation).astype(jnp.float32)))
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*arrays)
+
+    # Gradients of size 1, of weights and outputs rounded to bfloat16, some sixteen products on the way.
+    both = run(cudnn), run(dense)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=0.05, atol=0.05), *both)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "options", "message"),
+    [
+        (cudnn, {"segments": jnp.ones((ROWS, 256), int)}, "cudnn: can't keep documents .* blockwise or dense"),
+        (cudnn, {"mask": masks.bigbird(64)}, "cudnn: can't do Blocks.*use blockwise"),
+        (cudnn, {"softcap": 3.0}, "cudnn: has no soft cap; use blockwise or dense"),
+        (cudnn, {"first": jnp.zeros((), int)}, "cudnn: computes whole rows, with no cache before them; use dense"),
+        (splash, {"mask": masks.window(3) & masks.fixed(2, 2)}, "splash: can't do _Both.*use blockwise"),
+        (splash, {"first": 3}, "splash: computes whole rows"),
+        (blockwise, {"first": jnp.zeros((), int)}, "blockwise: computes whole rows, .* use dense"),
+        (functools.partial(blockwise, block=0), {}, "blockwise: block is 0; use 1 or more"),
+        (None, {"softcap": 0.0}, "attention: softcap is 0.0; use a number above 0"),
+        (None, {"segments": jnp.ones((ROWS, 9), int)}, "9 segment numbers for 256 queries and 256 keys"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(implementation: Any, options: dict[str, Any], message: str):
+    arrays = kernel_inputs(dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda *x: attention(*x, implementation=implementation, **options), *arrays)
+
+
+def test_shapes_and_dtypes_that_cannot_be_done_are_refused():
+    def run(implementation: Any, heads: tuple[int, int], length: int, width: int, dtype: Any = jnp.bfloat16) -> None:
+        shapes = (jax.ShapeDtypeStruct((1, length, n, width), dtype) for n in (*heads, heads[1]))
+        jax.eval_shape(lambda *x: attention(*x, implementation=implementation), *shapes)
+
+    with pytest.raises(ValueError, match="4 query heads are not divisible by 3 key heads"):
+        run(None, (4, 3), 8, 8)
+    with pytest.raises(ValueError, match="cudnn: computes in bfloat16 or float16, not float32"):
+        run(cudnn, (4, 4), 256, 64, jnp.float32)
+    for width in (12, 256):
+        with pytest.raises(ValueError, match=f"cudnn: can't do a head width of {width}"):
+            run(cudnn, (4, 4), 256, width)
+    with pytest.raises(ValueError, match="splash: needs a multiple of 128 positions, not 100"):
+        run(splash, (4, 4), 100, 128)
+
+
+@pytest.mark.parametrize(
+    ("backend", "length", "dtype", "options", "expected"),
+    [
+        ("cpu", 256, jnp.float32, {}, "dense"),
+        ("cpu", 4096, jnp.float32, {"mask": masks.window(256)}, "blockwise"),
+        ("cpu", 256, jnp.float32, {"mask": masks.window(16)}, "dense"),
+        ("cpu", 4096, jnp.float32, {"mask": masks.window(256), "first": 1}, "dense"),
+        ("gpu", 256, jnp.bfloat16, {}, "cudnn"),
+        ("gpu", 4096, jnp.bfloat16, {"mask": masks.window(256)}, "cudnn"),
+        ("gpu", 4096, jnp.bfloat16, {"mask": masks.bigbird(64)}, "blockwise"),
+        ("gpu", 256, jnp.float32, {}, "dense"),
+        ("gpu", 256, jnp.bfloat16, {"softcap": 9.0}, "dense"),
+        ("tpu", 256, jnp.bfloat16, {"softcap": 9.0}, "splash"),
+        ("tpu", 200, jnp.bfloat16, {}, "dense"),
+        ("tpu", 4096, jnp.bfloat16, {"mask": masks.fixed(64, 4)}, "blockwise"),
+    ],
+)
+def test_the_fastest_that_can_do_it_is_chosen(
+    backend: str, length: int, dtype: Any, options: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    module = sys.modules["jaxlm.models.attention"]
+    chosen: list[str] = []
+    for name in ("dense", "blockwise", "cudnn", "splash"):
+        monkeypatch.setattr(module, name, lambda q, *_, name=name, **__: (chosen.append(name), q)[1])
+    monkeypatch.setattr(module, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    shapes = (jax.ShapeDtypeStruct((1, length, n, 64), dtype) for n in (4, 2, 2))
+    jax.eval_shape(lambda *x: attention(*x, **options), *shapes)
+    assert chosen == [expected]

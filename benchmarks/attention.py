@@ -1,0 +1,188 @@
+"""Attention by blocks against dense attention on this machine: time, operations and memory, forward and backward.
+
+In each round every program has one turn, in random order; ratios are taken within a round. A program's products are
+counted in what is traced, with loops as often as they run, which the compiler's own count leaves out; without loops the
+two must agree. See README.md beside this file.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from summary import spread
+
+from jaxlm.models import masks
+from jaxlm.models.attention import attention, blockwise, dense
+from jaxlm.models.blockwise import BLOCK
+
+HERE: Final = Path(__file__).parent
+HEADS, WIDTH = 2, 64
+SMOKE, LENGTHS = (256, 512), (1024, 2048, 4096, 8192, 16384, 32768)
+WINDOW: Final = 512
+DENSE_UP_TO: Final = 16384
+"""Beyond, its scores alone are 8 GB, several times over."""
+MASKS: Final[dict[str, Callable[[int], masks.Mask]]] = {
+    "causal": lambda _: masks.causal,
+    f"window {WINDOW}": lambda _: masks.window(WINDOW),
+    "strided": lambda length: masks.strided(128, max(2, round((length / 128) ** 0.5))),
+    "bigbird": lambda _: masks.bigbird(128, window=3, first=1, random=2),
+}
+
+
+class Contestant:
+    """One program: the gradient of a sum over attention's output."""
+
+    def __init__(self, name: str, mask: masks.Mask, implementation: Callable[..., Any], arrays: list[jax.Array]):
+        self.name, self.arrays, self.seconds = name, arrays, list[float]()
+
+        def total(*arrays: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.square(attention(*arrays, mask=mask, implementation=implementation)))
+
+        gradient = jax.grad(total, (0, 1, 2))
+        self.operations = products(jax.make_jaxpr(gradient)(*arrays).jaxpr)
+        begun = time.perf_counter()
+        self.run = jax.jit(gradient).lower(*arrays).compile()
+        self.compile_seconds = time.perf_counter() - begun
+        costs: Any = self.run.cost_analysis()
+        self.compilers_operations: float = costs["flops"]
+        memory: Any = self.run.memory_analysis()
+        self.temporary_bytes: int = memory.temp_size_in_bytes
+
+    def take(self) -> Any:
+        """A turn."""
+        begun = time.perf_counter()
+        found = jax.block_until_ready(self.run(*self.arrays))
+        self.seconds.append(time.perf_counter() - begun)
+        return found
+
+
+def products(program: Any) -> int:
+    """Operations of all matrix products of a traced program: 2 for each term, as often as its loops run."""
+    total = 0
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            terms = [equation.invars[0].aval.shape[i] for i in contracted]
+            total += 2 * int(np.prod([*equation.outvars[0].aval.shape, *terms], dtype=np.int64))
+        values = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        inner = sum(products(x) for x in values if hasattr(x, "eqns"))
+        total += inner * equation.params.get("length", 1) if equation.primitive.name == "scan" else inner
+    return total
+
+
+def measure(length: int, rounds: int, dense_up_to: int) -> list[dict[str, Any]]:
+    """All masks at one length."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(1, length, HEADS, WIDTH)), jnp.float32) for _ in range(3)]
+    made = [Contestant(name, mask(length), blockwise, arrays) for name, mask in MASKS.items()]
+    whole = [Contestant("dense", masks.causal, dense, arrays)] * (length <= dense_up_to)
+    for one in (*made, *whole):
+        one.take()
+        one.seconds.clear()
+    if whole:
+        for mine, right in zip(made[0].take(), whole[0].take(), strict=True):  # both are causal
+            np.testing.assert_allclose(mine, right, rtol=1e-3, atol=1e-3)
+        ratio = whole[0].compilers_operations / whole[0].operations
+        if not 1 <= ratio < 1.2:  # elementwise operations come on top
+            sys.exit(f"dense at {length}: the compiler counts {ratio:.2f} times the operations that we do")
+        made[0].seconds.clear()
+        whole[0].seconds.clear()
+    for _ in range(rounds):
+        for one in random.sample([*made, *whole], len(made) + len(whole)):
+            one.take()
+    return [
+        {
+            "length": length,
+            "by": one.name,
+            "seconds": statistics.median(one.seconds),
+            "times_as_fast_as_dense": spread([d / s for d, s in zip(whole[0].seconds, one.seconds, strict=True)])
+            if whole
+            else None,
+            "operations": one.operations,
+            "dense_operations": 12 * HEADS * WIDTH * length**2,
+            "temporary_bytes": one.temporary_bytes,
+            "compile_seconds": one.compile_seconds,
+            "rounds": one.seconds,
+        }
+        for one in (*whole, *made)
+    ]
+
+
+def table(found: list[dict[str, Any]], title: str) -> Table:
+    """A line for each program."""
+    lines = Table(title=title, caption=f"{HEADS} heads of {WIDTH}, one row, float32; medians, with quartiles")
+    for column in ("T", "by", "time", "times dense", "operations", "dense over these", "temporaries"):
+        lines.add_column(column, justify="left" if column == "by" else "right", no_wrap=True)
+    for one in found:
+        faster = one["times_as_fast_as_dense"]
+        lines.add_row(
+            str(one["length"]),
+            one["by"],
+            f"{1e3 * one['seconds']:,.1f} ms",
+            "" if faster is None else "{median:.2f} ({lower_quartile:.2f}-{upper_quartile:.2f})".format(**faster),
+            f"{one['operations'] / 1e9:,.2f} G",
+            f"{one['dense_operations'] / one['operations']:.1f}",
+            f"{one['temporary_bytes'] / 2**20:,.0f} MiB",
+            end_section=one["by"] == list(MASKS)[-1],
+        )
+    return lines
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of rows")
+    parser.add_argument("--rounds", type=int, default=5, help="how many turns each program has (default: 5)")
+    parser.add_argument("--dense-up-to", type=int, default=DENSE_UP_TO, help="longest row of dense attention")
+    parser.add_argument("--output", type=Path, help="where to write JSON; by default into benchmarks/results/")
+    parser.add_argument("--smoke", action="store_true", help="show that it works: short rows")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
+    environment = machine.environment(huge_pages=True)
+    if options.smoke:
+        options.lengths, options.rounds, environment["JAX_PLATFORMS"] = SMOKE, 1, "cpu"
+    if environment != dict(os.environ):  # malloc reads its variables when a process starts
+        os.execve(sys.executable, sys.orig_argv, environment)
+    found: list[dict[str, Any]] = []
+    for length in options.lengths:
+        found += measure(length, options.rounds, options.dense_up_to)
+        print(f"{length} done")
+    device = machine.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table(found, f"attention on {device}"))
+    if options.smoke and not options.output:
+        return
+    out: Path = options.output or HERE / "results" / f"attention-{machine.file_name(device)}.json"
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "cores": os.cpu_count(),
+        "versions": machine.versions(("jax", "jaxlib", "numpy")),
+        "shape": {"rows": 1, "heads": HEADS, "width": WIDTH, "dtype": "float32"},
+        "block": BLOCK,
+        "programs": found,
+    }
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
