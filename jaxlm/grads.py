@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm import tree
-from jaxlm.sharding import MODEL, Layout, row_axes
+from jaxlm.sharding import MODEL, Layout, data_axes, row_axes
 from jaxlm.types import Aux, Batch, GradFn, LossFn, Params
 
 T = TypeVar("T")
@@ -100,13 +100,13 @@ def data_parallel(
             "data_parallel: gradients underflow float16; wrap the loss in precision.scale_loss and the optimizer in "
             "optim.dynamic_loss_scale, or use bfloat16"
         )
-    in_place = jax.tree.map(lambda spec, by_layer: by_layer or "data" not in spec, layout.specs, layout.by_layer)
+    in_place = jax.tree.map(lambda spec, by_layer: by_layer or layout.data not in spec, layout.specs, layout.by_layer)
 
     def scattered(grad_fn: GradFn) -> GradFn:
         def to_shards(params: Params, *args: Any) -> tuple[tuple[jax.Array, Aux], Params]:
             sums, grads = grad_fn(params, *args)
             return sums, jax.tree.map(
-                lambda g, spec, ready: g if ready else _scatter(g, spec), grads, layout.specs, in_place
+                lambda g, spec, ready: g if ready else _scatter(g, spec, layout), grads, layout.specs, in_place
             )
 
         return to_shards
@@ -133,7 +133,7 @@ def data_parallel(
         sums, grads = found(_brought_together(params, layout, dtype), batch, _own_key(key, layout), *loss_scale)
 
         def add_up(grad: jax.Array, param: jax.Array, spec: PartitionSpec) -> jax.Array:
-            axes = [axis for axis in row_axes(layout.mesh) if axis not in spec]
+            axes = _same_on(spec, layout)
             return (_along_model(lambda x: jax.lax.psum(x, axes), spec)(grad) if axes else grad).astype(param.dtype)
 
         return jax.lax.psum(sums, row_axes(layout.mesh)), jax.tree.map(add_up, grads, params, layout.specs)
@@ -195,7 +195,7 @@ def gather_layers(
     def gather(params: Any) -> Any:
         leaves, structure = jax.tree.flatten(params)
         whole = [
-            _gathered(x, spec, dtype) if gathers else _cast(x, dtype)
+            _gathered(x, spec, layout, dtype) if gathers else _cast(x, dtype)
             for x, spec, gathers in zip(leaves, specs, by_layer, strict=True)
         ]
         return structure.unflatten(whole)
@@ -221,42 +221,61 @@ def _brought_together(params: Params, layout: Layout, dtype: jax.typing.DTypeLik
     def whole(param: jax.Array, spec: PartitionSpec, by_layer: bool) -> jax.Array:
         # Differentiating an array that is the same everywhere would add up its gradients at each use, so in every
         # microbatch; one that may differ is added up once.
-        same_on = tuple(axis for axis in row_axes(layout.mesh) if axis not in spec)
+        same_on = _same_on(spec, layout)
         param = jax.lax.pcast(param, same_on, to="varying") if same_on else param
         if by_layer:
             return param
-        return _gather(param, spec, dtype) if "data" in spec else _cast(param, dtype)
+        return _gather(param, spec, layout, dtype) if layout.data in spec else _cast(param, dtype)
 
     return jax.tree.map(whole, params, layout.specs, layout.by_layer)
 
 
-def _gather(param: jax.Array, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+def _same_on(spec: PartitionSpec, layout: Layout) -> tuple[str, ...]:
+    """The axes along which a parameter is the same, of those that rows are divided over."""
+    divided = data_axes(layout.mesh) if layout.data in spec else ()
+    return tuple(axis for axis in row_axes(layout.mesh) if axis not in divided)
+
+
+def _gather(param: jax.Array, spec: PartitionSpec, layout: Layout, dtype: jax.typing.DTypeLike | None) -> jax.Array:
     def gather(x: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(x, "data", axis=spec.index("data"), tiled=True)
+        for axis in reversed(data_axes(layout.mesh)):
+            x = jax.lax.all_gather(x, axis, axis=spec.index(layout.data), tiled=True)
+        return x
 
     return _along_model(gather, spec)(_cast(param, dtype))
 
 
-def _scatter(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _scatter(grad: jax.Array, spec: PartitionSpec, layout: Layout) -> jax.Array:
+    dimension, axes = spec.index(layout.data), data_axes(layout.mesh)
+    sizes = [layout.mesh.shape[axis] for axis in axes]
+
     def scatter(x: jax.Array) -> jax.Array:
-        return jax.lax.psum_scatter(x, "data", scatter_dimension=spec.index("data"), tiled=True)
+        if len(axes) == 1:
+            return jax.lax.psum_scatter(x, axes[0], scatter_dimension=dimension, tiled=True)
+        # Every device's part as a matrix, one after another: of some other shapes XLA:TPU makes all-reduces.
+        parts = x.reshape(*x.shape[:dimension], math.prod(sizes), -1, *x.shape[dimension + 1 :])
+        parts = jnp.moveaxis(parts, dimension, 0)
+        shape = parts.shape[1:]
+        for axis, size in zip(axes, sizes, strict=True):
+            parts = jax.lax.psum_scatter(parts.reshape(size, -1, shape[-1]), axis)
+        return parts.reshape(shape)
 
     # Behind the barrier, lest XLA add up the microbatches' whole gradients first, as it does on TPUs.
     return jax.lax.optimization_barrier(_along_model(scatter, spec)(grad.astype(jnp.float32)))
 
 
-def _gathered(param: jax.Array, spec: PartitionSpec, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+def _gathered(param: jax.Array, spec: PartitionSpec, layout: Layout, dtype: jax.typing.DTypeLike | None) -> jax.Array:
     """`_gather` with a gradient that adds up in float32; its own would do so in `dtype`."""
 
     @jax.custom_vjp
     def gather(param: jax.Array) -> jax.Array:
-        return _gather(param, spec, dtype)
+        return _gather(param, spec, layout, dtype)
 
     def forward(param: jax.Array) -> tuple[jax.Array, None]:
-        return _gather(param, spec, dtype), None
+        return _gather(param, spec, layout, dtype), None
 
     def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
-        return (_scatter(grad, spec).astype(param.dtype),)
+        return (_scatter(grad, spec, layout).astype(param.dtype),)
 
     gather.defvjp(forward, backward)
     return gather(param)

@@ -134,9 +134,10 @@ def test_accumulate_adds_bfloat16_gradients_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "devices"), [({}, 8), ({"replica": 2}, 8), ({"model": 2}, 4), ({"data": 1, "model": 8}, 1)]
+    ("sizes", "devices"),
+    [({}, 8), ({"replica": 2}, 8), ({"model": 2}, 4), ({"data": 1, "model": 8}, 1), ({"data": (2, 4)}, 8)],
 )
-def test_data_parallel_divides_rows_over_all_axes_but_the_model_s(sizes: dict[str, int], devices: int):
+def test_data_parallel_divides_rows_over_all_axes_but_the_model_s(sizes: dict[str, Any], devices: int):
     def rows(params: Params, batch: Batch, key: jax.Array) -> tuple[tuple[jax.Array, Aux], Params]:
         del key
         return (jnp.zeros(()), Aux(jnp.zeros(()), {})), params.at[batch["tokens"].shape[0]].set(1.0)

@@ -1,5 +1,7 @@
 """Meshes and layouts: what is divided and what isn't, the state of any chain, and what is refused."""
 
+import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -40,19 +42,85 @@ def specs(layout: sharding.Layout) -> dict[str, PartitionSpec]:
         ((1, -1, 2), {"data": 4, "model": 2}),
         ((2, 2, 2), {"replica": 2, "data": 2, "model": 2}),
         ((1, 1, 8), {"data": 1, "model": 8}),
+        ((1, (2, 4)), {"data0": 2, "data1": 4}),
+        ((2, (2, 2)), {"replica": 2, "data0": 2, "data1": 2}),
+        ((1, (2, 1, 2), 2), {"data0": 2, "data1": 2, "model": 2}),
+        ((1, (1, 8)), {"data": 8}),
     ],
 )
 def test_a_mesh_has_the_axes_that_are_longer_than_1(sizes: tuple[int, ...], shape: dict[str, int]):
     assert sharding.mesh(*sizes).shape == shape
 
 
-@pytest.mark.parametrize("sizes", [(3,), (1, 3), (1, -1, 16), (0,), (1, 0), (1, -1, -1), (1, -2)])
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What `mesh` asks of a TPU."""
+
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    slice_index: int = 0
+    device_kind: str = "TPU v5"
+    platform: str = "tpu"
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("box", "sizes", "shape"),
+    [
+        ((2, 2, 2), (), {"data0": 2, "data1": 2, "data2": 2}),
+        ((4, 4, 1), (), {"data0": 4, "data1": 4}),
+        ((2, 4, 1), (), {"data0": 2, "data1": 4}),
+        ((1, 8, 1), (), {"data": 8}),
+        ((1, 1, 1), (), {"data": 1}),
+        ((4, 4, 4), (1, -1, 4), {"data0": 4, "data1": 4, "model": 4}),
+        ((4, 4, 4), (1, -1, 16), {"data": 4, "model": 16}),
+        ((4, 4, 1), (1, -1, 2), {"data0": 2, "data1": 4, "model": 2}),
+        ((4, 4, 1), (2,), {"replica": 2, "data0": 4, "data1": 2}),
+    ],
+)
+def test_on_tpus_data_is_an_axis_for_each_dimension_of_the_box_that_it_fills(
+    box: tuple[int, int, int], sizes: tuple[Any, ...], shape: dict[str, int]
+):
+    chips = [Chip(place) for place in itertools.product(*map(range, box))]
+    mesh = sharding.mesh(*sizes, devices=chips)
+    assert mesh.shape == shape
+    assert {*mesh.devices.flat} == {*chips}
+    places = np.array([chip.coords for chip in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
+    for axis in sharding.data_axes(mesh):
+        steps = np.diff(places, axis=mesh.axis_names.index(axis)).reshape(-1, 3)
+        assert np.count_nonzero(steps.any(axis=0)) == (mesh.shape[axis] > 1)  # all go along one dimension
+
+
+@pytest.mark.parametrize(("data", "shape"), [((2, 4), {"data0": 2, "data1": 4}), ((8,), {"data": 8})])
+def test_on_tpus_too_data_is_the_axes_that_are_given(data: tuple[int, ...], shape: dict[str, int]):
+    chips = [Chip(place) for place in itertools.product(range(2), range(2), range(2))]
+    assert sharding.mesh(1, data, devices=chips).shape == shape
+
+
+def test_on_slices_of_tpus_each_replica_is_one():
+    chips = [Chip(place, slice_index=n) for n in range(2) for place in itertools.product(range(2), range(4), range(1))]
+    mesh = sharding.mesh(2, devices=chips)
+    assert mesh.shape == {"replica": 2, "data0": 2, "data1": 4}
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+def test_tpus_that_do_not_fill_a_box_are_one_axis():
+    """On eight v5e chips JAX puts neighbours along `model` next to each other in a ring around the slice."""
+    chips = [Chip((x, y, 0), device_kind="TPU v5 lite") for x in range(2) for y in range(4)]
+    assert sharding.mesh(1, -1, 2, devices=chips).shape == {"data": 4, "model": 2}
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3,), (1, 3), (1, -1, 16), (0,), (1, 0), (1, -1, -1), (1, -2), (1, (2, 3)), (1, (-2, -4)), (1, ())]
+)
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes: tuple[int, ...]):
     with pytest.raises(ValueError, match="isn't the number of devices, 8; choose sizes of 1 or more"):
         sharding.mesh(*sizes)
 
 
-@pytest.mark.parametrize(("sizes", "copies"), [((), 1), ((2,), 1), ((1, -1, 2), 2)])
+@pytest.mark.parametrize(
+    ("sizes", "copies"), [((), 1), ((2,), 1), ((1, -1, 2), 2), ((1, (2, 4)), 1), ((1, (2, 2), 2), 2)]
+)
 def test_rows_are_divided_in_order_over_all_but_the_model_s_axis(sizes: tuple[int, ...], copies: int):
     mesh = sharding.mesh(*sizes)
     batch = {"tokens": np.arange(32).reshape(16, 2), "lengths": np.arange(16)}
@@ -132,6 +200,26 @@ def test_rules_go_first_and_divide_nothing_where_there_is_no_such_axis():
     assert divided["embed"] == P("data")
     without = sharding.lay_out(params, sharding.mesh(), zero=1, rules=rules, stacked=models.stacked)
     assert without.specs == sharding.lay_out(params, sharding.mesh(), zero=1, stacked=models.stacked).specs
+
+
+def test_where_data_is_several_axes_dimensions_are_divided_over_all_of_them():
+    params = shapes(blocks_w=(4, 20, 64), blocks_v=(4, 16, 64), head=(16, 64), scale=(8,))
+    rules = {"head": P("model", "data"), ".*": P()}
+    mesh, data = sharding.mesh(1, (2, 2), 2), ("data0", "data1")
+    layout = sharding.lay_out(params, mesh, zero=3, rules=rules, stacked=STACKED)
+    assert specs(layout) == {
+        "blocks/w": P(None, data),
+        "blocks/v": P(None, data),
+        "head": P("model", data),
+        "scale": P(),
+    }
+    assert tree.named_leaves(layout.by_layer) == {"blocks/w": True, "blocks/v": True, "head": False, "scale": False}
+    assert layout.banks.spec == P(data)
+    assert sharding.undivided(layout) == {"scale": 32}
+    lies = tree.named_leaves(layout.state(optim.adafactor(0.1, stacked=STACKED, min_factored=8)).opt_state)
+    assert lies["0/nu/blocks/w/row"].spec == P(None, data)
+    with pytest.raises(ValueError, match="whose 6 data 4 doesn't divide"):
+        sharding.lay_out(shapes(w=(6, 16)), mesh, rules={".*": P("data")})
 
 
 def test_only_stage_3_brings_parameters_together_by_layer():

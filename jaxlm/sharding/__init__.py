@@ -7,8 +7,8 @@ from jaxlm.sharding._layout import Layout as Layout
 from jaxlm.sharding._layout import lay_out as lay_out
 from jaxlm.sharding._layout import undivided as undivided
 from jaxlm.sharding._mesh import MODEL as MODEL
-from jaxlm.sharding._mesh import ROWS as ROWS
 from jaxlm.sharding._mesh import by_rows as by_rows
+from jaxlm.sharding._mesh import data_axes as data_axes
 from jaxlm.sharding._mesh import mesh as mesh
 from jaxlm.sharding._mesh import place as place
 from jaxlm.sharding._mesh import replicated as replicated

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from jaxlm import hlo, tree
 from jaxlm.sharding._layout import Layout, undivided
+from jaxlm.sharding._mesh import data_axes
 
 
 class Transfer(NamedTuple):
@@ -26,7 +27,7 @@ class Transfer(NamedTuple):
     nbytes: int
     """Of all the whole arrays on one device, once."""
     devices: int
-    """Among which they are sent."""
+    """Among which they are sent; along parts of `data` one after another, which sends as much."""
 
     @property
     def sent(self) -> float:
@@ -82,10 +83,10 @@ def describe(
         microbatches: that of `grads.data_parallel`.
     """
     mesh = layout.mesh
-    data, replicas = mesh.shape["data"], mesh.shape.get("replica", 1)
+    data, replicas = math.prod(mesh.shape[axis] for axis in data_axes(mesh)), mesh.shape.get("replica", 1)
     shapes, specs = tree.named_leaves(layout.shapes), tree.named_leaves(layout.specs)
     by_layer = tree.named_leaves(layout.by_layer)
-    divided = {name: "data" in spec for name, spec in specs.items()}
+    divided = {name: layout.data in spec for name, spec in specs.items()}
 
     def own(x: Any, sharding: Any) -> int:
         return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -6,6 +6,7 @@ where they are needed, and the optimizer, in plain `jax.jit`, sees global arrays
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import tree
-from jaxlm.sharding._mesh import MODEL, ROWS, replicated
+from jaxlm.sharding._mesh import MODEL, data_axes, replicated, row_axes
 from jaxlm.types import Params, TrainState
 
 
@@ -33,10 +34,15 @@ class Layout:
     """A bool for each parameter: whether it holds the layers' one after another."""
 
     @property
+    def data(self) -> str | tuple[str, ...]:
+        """What a spec has for a dimension that is divided over `data`: one axis of the mesh, or all its parts."""
+        return PartitionSpec(data_axes(self.mesh))[0]
+
+    @property
     def by_layer(self) -> Params:
         """A bool for each parameter: whether the model brings it together layer by layer, as stage 3 does."""
         return jax.tree.map(
-            lambda is_stacked, spec: self.zero == 3 and is_stacked and "data" in spec, self.stacked, self.specs
+            lambda is_stacked, spec: self.zero == 3 and is_stacked and self.data in spec, self.stacked, self.specs
         )
 
     @property
@@ -50,7 +56,7 @@ class Layout:
 
         With stage 0 every device works on all of them: to bring the results together would send more than a step does.
         """
-        return NamedSharding(self.mesh, PartitionSpec("data") if self.zero else PartitionSpec())
+        return NamedSharding(self.mesh, PartitionSpec(self.data) if self.zero else PartitionSpec())
 
     def state(self, optimizer: optax.GradientTransformation) -> TrainState:
         """A sharding for each array of a `TrainState`: what the optimizer keeps of a parameter lies as that does.
@@ -114,7 +120,7 @@ def lay_out(
 
     Args:
         params: the parameters or their shapes.
-        mesh: with an axis `data`, and perhaps `replica` and `model`; what `mesh` makes.
+        mesh: with an axis `data` or its parts, and perhaps `replica` and `model`; what `mesh` makes.
         zero: ZeRO's stage. For stage 3, the model must bring its layers together: `grads.gather_layers`.
         rules: a PartitionSpec for each parameter by regular expressions over names, for dividing them over `model`:
             what `models.tensor_parallel` returns. The first that matches a whole name counts. On a mesh without
@@ -128,24 +134,27 @@ def lay_out(
     """
     if zero not in range(4):
         raise ValueError(f"lay_out: zero is {zero}; use 0, 1, 2 or 3")
-    if "data" not in mesh.shape or set(mesh.shape) - {*ROWS, MODEL}:
+    if not data_axes(mesh) or set(mesh.shape) - {*row_axes(mesh), MODEL}:
         raise ValueError(f"lay_out: the mesh has axes {list(mesh.shape)}; use data, and perhaps replica and model")
     if zero == 3 and stacked is None:
         raise ValueError("lay_out: stage 3 brings parameters together layer by layer; say which are stacked")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     layers = stacked(shapes) if stacked else jax.tree.map(lambda _: False, shapes)
     given = tree.labels(shapes, rules or {".*": PartitionSpec()})
+    sizes = {"data": math.prod(mesh.shape[axis] for axis in data_axes(mesh)), MODEL: mesh.shape.get(MODEL, 1)}
     for (name, shape), spec in zip(tree.named_leaves(shapes).items(), jax.tree.leaves(given), strict=True):
-        _check_rule(name, shape.shape, spec, mesh)
-    divides = zero > 0 and mesh.shape["data"] > 1
+        _check_rule(name, shape.shape, spec, sizes)
+    divides = zero > 0 and sizes["data"] > 1
+    data = PartitionSpec(data_axes(mesh))[0]
+    lies = {"data": data, MODEL: MODEL if MODEL in mesh.shape else None, None: None}
 
     def divide(shape: jax.ShapeDtypeStruct, spec: PartitionSpec, is_stacked: bool) -> PartitionSpec:
-        axes = [axis if axis in mesh.shape else None for axis in spec]
+        axes = [lies[axis] for axis in spec]
         axes += [None] * (len(shape.shape) - len(spec))
-        if divides and "data" not in axes and len(axes) - is_stacked > 1:
+        if divides and data not in axes and len(axes) - is_stacked > 1:
             for i in range(is_stacked, len(axes)):
-                if axes[i] is None and shape.shape[i] % mesh.shape["data"] == 0:
-                    axes[i] = "data"
+                if axes[i] is None and shape.shape[i] % sizes["data"] == 0:
+                    axes[i] = data
                     break
         while axes and axes[-1] is None:
             axes.pop()
@@ -158,7 +167,7 @@ def lay_out(
         largest = sorted(whole, key=lambda name: -whole[name])[:3]
         raise ValueError(
             f"lay_out: {sum(whole.values()) / tree.nbytes(shapes):.0%} of the parameters can't be divided over "
-            f"{mesh.shape['data']} devices, the largest being {', '.join(largest)}; choose sizes that are multiples of "
+            f"{sizes['data']} devices, the largest being {', '.join(largest)}; choose sizes that are multiples of "
             f"it, fewer devices along data, or a tolerance above {tolerance}"
         )
     return layout
@@ -167,10 +176,11 @@ def lay_out(
 def undivided(layout: Layout) -> dict[str, int]:
     """The bytes of the parameters that lie whole on every device along `data`, by name."""
     specs = tree.named_leaves(layout.specs)
-    return {name: tree.nbytes(x) for name, x in tree.named_leaves(layout.shapes).items() if "data" not in specs[name]}
+    shapes = tree.named_leaves(layout.shapes)
+    return {name: tree.nbytes(x) for name, x in shapes.items() if layout.data not in specs[name]}
 
 
-def _check_rule(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_rule(name: str, shape: tuple[int, ...], spec: PartitionSpec, sizes: Mapping[str, int]) -> None:
     if len(spec) > len(shape):
         raise ValueError(f"lay_out: {name} has the shape {shape}, but its rule {spec} has {len(spec)} dimensions")
     for size, axis in zip(shape, spec, strict=False):
@@ -180,8 +190,8 @@ def _check_rule(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
             raise ValueError(
                 f"lay_out: the rule {spec} of {name} has the axis {axis!r}; use 'data' or {MODEL!r}, or None"
             )
-        if size % mesh.shape.get(axis, 1):
+        if size % sizes[axis]:
             raise ValueError(
-                f"lay_out: {name} has the shape {shape}, whose {size} {axis} {mesh.shape[axis]} doesn't divide; change "
+                f"lay_out: {name} has the shape {shape}, whose {size} {axis} {sizes[axis]} doesn't divide; change "
                 f"its rule {spec}, or the size"
             )

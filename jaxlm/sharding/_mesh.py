@@ -1,5 +1,6 @@
 """Meshes, and how batches lie on them."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -8,19 +9,28 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-ROWS: Final = ("replica", "data")
-"""The axes that the rows of a batch are divided over, in this order; parameters, over the last one alone."""
 MODEL: Final = "model"
 """The axis that matrices are divided over by rules, as Megatron-LM does (https://arxiv.org/abs/1909.08053)."""
 
 
-def mesh(replica: int = 1, data: int = -1, model: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+def mesh(
+    replica: int = 1,
+    data: int | tuple[int, ...] = -1,
+    model: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """A mesh with the axes `replica`, `data` and `model`, neighbours along `model` being the closest.
+
+    On TPUs, where `data` fills a box of more than one dimension, it is several axes, one for each dimension: `data0`,
+    `data1` and so on. What is divided over `data` travels along one after another, which sends as many bytes; of a
+    reduce-scatter along all at once XLA makes an all-reduce on most slices, which sends twice as many.
 
     Args:
         replica: copies of all that lies along the other two, such as one in each slice or island of fast links; rows
             are divided over them too.
-        data: devices that divide parameters, optimizer state and rows among them; -1: as many as there are.
+        data: devices that divide parameters, optimizer state and rows among them; -1: as many as there are; several
+            sizes: the axes to make of it, the outermost first, whatever the devices.
         model: devices that divide each matrix product among them.
         devices: all of them by default. They are put in an order that suits how they are connected.
 
@@ -33,24 +43,45 @@ def mesh(replica: int = 1, data: int = -1, model: int = 1, *, devices: Sequence[
     devices = jax.devices() if devices is None else devices
     data = max(1, len(devices) // max(1, model * replica)) if data == -1 else data
     sizes = {"replica": replica, "data": data, MODEL: model}
-    if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != len(devices):
+    shape = (replica, *(data if isinstance(data, tuple) else (data,)), model)
+    if min(shape) < 1 or math.prod(shape) != len(devices):
         raise ValueError(
             f"mesh: {' x '.join(f'{name} {size}' for name, size in sizes.items())} isn't the number of devices, "
             f"{len(devices)}; choose sizes of 1 or more whose product it is"
         )
-    shape = tuple(sizes.values())
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if replica == len(slices) > 1:
-        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (replica, 1, 1), devices)
+        between = (replica, *(1 for _ in shape[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), between, devices, allow_split_physical_axes=True)
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices)
-    kept = [name for name, size in sizes.items() if size > 1 or name == "data"]
-    return Mesh(grid.reshape([sizes[name] for name in kept]), kept, axis_types=(AxisType.Auto,) * len(kept))
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu" and isinstance(data, int):
+        grid = _by_dimension(grid)
+    parts = {f"data{i}": size for i, size in enumerate(size for size in grid.shape[1:-1] if size > 1)}
+    parts = parts if len(parts) > 1 else {"data": math.prod(parts.values())}
+    axes = {"replica": replica, **parts, MODEL: model}
+    kept = {name: size for name, size in axes.items() if size > 1 or name == "data"}
+    return Mesh(grid.reshape([*kept.values()]), [*kept], axis_types=(AxisType.Auto,) * len(kept))
+
+
+def _by_dimension(grid: np.ndarray) -> np.ndarray:
+    """TPUs `[R D M]` as `[R D0 D1 ... M]`, if those along D fill a box of D0 x D1 x ..."""
+    places = [(*device.coords, device.core_on_chip) for device in grid[0, :, 0]]
+    box = [len(set(along)) for along in zip(*places, strict=True)]
+    if math.prod(box) != len(places):
+        return grid
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return grid[:, order].reshape(len(grid), *box, -1)
+
+
+def data_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Those of the mesh's axes that parameters are divided over: `data`, or its parts, the outermost first."""
+    return tuple(axis for axis in mesh.shape if axis.startswith("data"))
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Those of the mesh's axes that rows are divided over."""
-    return tuple(axis for axis in ROWS if axis in mesh.shape)
+    """Those of the mesh's axes that rows are divided over: `replica`, if there is one, and those of `data`."""
+    return tuple(axis for axis in ("replica", *data_axes(mesh)) if axis in mesh.shape)
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
