@@ -218,7 +218,7 @@ class Transformer(nnx.Module):
             unroll=self.config.layers if self.unroll else 1,
         )
         matrix = embed.T if self.head is None else self.head.kernel[...]
-        out = (head or _logits)(self.norm(x), matrix)
+        out = (head or _logits)(self.norm(x), jnp.asarray(matrix))
         return out if cached is None else (out, Cache(*cached, first + tokens.shape[1]))
 
 
