@@ -189,13 +189,11 @@ class Batches:
 
 def _segments(rows: Rows, to: Int[np.ndarray, " P"]) -> Integer[np.ndarray, "B T"]:
     """The number of each position's document within its row, counted from 1, with 0 for padding."""
-    lengths = rows.pieces["length"]
-    space_before = np.diff(to + lengths, prepend=0) - lengths
+    size, lengths = rows.num_rows * rows.row_length, rows.pieces["length"]
     numbers = 1 + np.arange(len(to)) - np.searchsorted(rows.row, rows.row)
-    numbers, counts = (np.stack(each, axis=1).reshape(-1) for each in ((0 * to, numbers), (space_before, lengths)))
-    found, filled = np.zeros((rows.num_rows, rows.row_length), np.uint16), np.repeat(numbers.astype(np.uint16), counts)
-    found.reshape(-1)[: len(filled)] = filled
-    return found
+    space = np.append(to, size) - np.append(0, to + lengths)  # before each piece, and after the last
+    of_each = np.append(np.stack([0 * to, numbers], axis=1), 0).astype(np.uint16)
+    return np.repeat(of_each, np.append(np.stack([space[:-1], lengths], axis=1), space[-1])).reshape(rows.num_rows, -1)
 
 
 def _divide(rows: int, length: int, sharding: jax.sharding.Sharding) -> None:
