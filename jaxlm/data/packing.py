@@ -47,9 +47,11 @@ def best_fit(lengths: Int[np.ndarray, " P"], row_lengths: Sequence[int]) -> Plac
     >>> best_fit(np.array([3, 9, 4, 7]), [8, 16])
     Placement(row_lengths=array([16,  8]), row=array([1, 0, 1, 0]), at=array([4, 0, 0, 9]))
     """
-    order = np.argsort(-lengths, kind="stable")
-    row, at, opened = np.empty((3, len(lengths)), np.int64)
-    count = 0  # of opened rows, whose lengths are in `opened`
+    order = argsort(-lengths.astype(np.int64))
+    in_order = lengths[order]
+    ends = 1 + np.flatnonzero(np.diff(in_order, append=0))  # of the pieces of each length
+    row, space_before, opened = np.empty((3, len(lengths)), np.int64)
+    begin = count = 0  # pieces placed, and rows opened, whose lengths are in `opened`
     with_space: dict[int, list[Int[np.ndarray, " N"]]] = {}  # rows, by the positions that they have left
     spaces: list[int] = []  # its keys, ascending
 
@@ -60,26 +62,37 @@ def best_fit(lengths: Int[np.ndarray, " P"], row_lengths: Sequence[int]) -> Plac
                 with_space[space] = []
             with_space[space].append(rows)
 
-    for pieces in np.split(order, 1 + np.flatnonzero(np.diff(lengths[order]))) if len(order) else []:
-        length = int(lengths[pieces[0]])
-        while len(pieces) and (tightest := bisect.bisect_left(spaces, length)) < len(spaces):
+    for length, end in zip(in_order[ends - 1].tolist(), ends.tolist(), strict=True):
+        while begin < end and (tightest := bisect.bisect_left(spaces, length)) < len(spaces):
             space = spaces[tightest]
             rows = with_space[space].pop()
             if not with_space[space]:
                 del with_space[space], spaces[tightest]
-            leave(space, rows[len(pieces) :])
-            rows = rows[: len(pieces)]
+            leave(space, rows[end - begin :])
+            rows = rows[: end - begin]
             leave(space - length, rows)
-            row[pieces[: len(rows)]], at[pieces[: len(rows)]] = rows, opened[rows] - space
-            pieces = pieces[len(rows) :]
-        if len(pieces):
+            row[begin : begin + len(rows)], space_before[begin : begin + len(rows)] = rows, space
+            begin += len(rows)
+        if begin < end:
             new = row_lengths[bisect.bisect_left(row_lengths, length)]
             each = new // length
-            which, place = np.divmod(np.arange(len(pieces)), each)
-            row[pieces], at[pieces] = count + which, place * length
-            full, more = divmod(len(pieces), each)
+            which, place = np.divmod(np.arange(end - begin), each)
+            row[begin:end], space_before[begin:end] = count + which, new - place * length
+            full, more = divmod(end - begin, each)
             opened[count : count + full + (more > 0)] = new
             leave(new - each * length, np.arange(count, count + full))
             leave(new - more * length, np.arange(count + full, count + full + (more > 0)))
             count += full + (more > 0)
-    return Placement(opened[:count].copy(), row, at)
+            begin = end
+    found = np.empty((2, len(lengths)), np.int64)
+    found[:, order] = row, opened[row] - space_before
+    return Placement(opened[:count].copy(), *found)
+
+
+def argsort(keys: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """A stable argsort of integers whose size, times their number, is below 2^63.
+
+    NumPy sorts numbers in a fifth of the time that it takes to sort their indices: so these are put into the keys.
+    """
+    count = len(keys)
+    return np.sort(keys * count + np.arange(count)) % max(1, count)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from jaxlm.data.packing import Placement
+from jaxlm.data.packing import Placement, argsort
 from jaxlm.stages import Stage, steps
 
 PART = 2**16  # pieces planned together, about: more pack no better, and take longer until the first batch
@@ -86,10 +86,10 @@ def part(plan: Recipe, start: Start) -> Part:
 
     pieces = np.concatenate([waiting, cut(drawn, lengths[-1])])
     placed = plan.place(pieces["length"], lengths)
-    in_order = np.lexsort((placed.at, placed.row))
-    pieces, at, row = pieces[in_order], placed.at[in_order], placed.row[in_order]
     rows = len(placed.row_lengths)
-    begins = np.searchsorted(row, np.arange(rows + 1))
+    begins = np.cumsum(np.bincount(placed.row + 1, minlength=rows + 1))
+    in_order = np.argsort((np.cumsum(placed.row_lengths) - placed.row_lengths)[placed.row] + placed.at)
+    pieces, at, row = pieces[in_order], placed.at[in_order], placed.row[in_order]
 
     shuffled = shuffle(rows, plan.seed, 1, start.number)
     has_waited = np.zeros(rows, bool)
@@ -142,7 +142,7 @@ def ranges(begins: Int[np.ndarray, " N"], counts: Int[np.ndarray, " N"]) -> Int[
 def shuffle(count: int, seed: int, *stream: int) -> Int[np.ndarray, " N"]:
     """An order of `count` things, the same with every version of NumPy, which promises that of raw bits alone."""
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)).random_raw(count)
-    return np.argsort(bits, kind="stable")
+    return argsort((bits >> np.uint64(1 + count.bit_length())).astype(np.int64))
 
 
 def shares(plan: Recipe, stage: Stage) -> Sequence[float]:

@@ -89,11 +89,14 @@ class Plan:
     def shapes(self) -> list[list[tuple[int, int]]]:
         """Rows and row length of every kind of batch that each stage may have, shortest rows first."""
         found: list[list[tuple[int, int]]] = []
-        pieces = np.empty(0, PIECE)  # of earlier stages may wait for a later one
+        documents = [documents["length"] for documents in self.documents.values()]
+        lengths = np.empty(0, np.int32)  # of earlier stages' pieces, which may wait for a later one
         for stage in self.stages:
-            pieces = parts.cut(np.concatenate([pieces, *self.documents.values()]), stage.row_lengths[-1])
-            pieces = pieces[np.unique(pieces["length"], return_index=True)[1]]
-            used = set(np.searchsorted(stage.row_lengths, pieces["length"]).tolist())
+            longest = stage.row_lengths[-1]
+            uncut = np.concatenate([lengths, *documents])
+            last = 2 + (uncut - 2) % (longest - 1)  # the length of the last piece; those before it have the longest
+            lengths = np.flatnonzero(np.bincount(np.concatenate([np.minimum(uncut, longest), last])))
+            used = set(np.searchsorted(stage.row_lengths, lengths).tolist())
             found.append([shape for i, shape in enumerate(stage.shapes) if i in used])
         return found
 

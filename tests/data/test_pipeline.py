@@ -58,11 +58,7 @@ def test_there_is_no_batch_out_of_range(batches: data.Batches, index: int | str)
         batches[index]
 
 
-@pytest.mark.parametrize("short", [0, 10**9])
-def test_batches_hold_the_tokens_of_the_plan(
-    batches: data.Batches, short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("jaxlm.data.pipeline.SHORT", short)
+def test_batches_hold_the_tokens_of_the_plan(batches: data.Batches) -> None:
     corpus = batches.corpora
     ids = np.fromfile(corpus.path / "train.tokens.bin", np.uint16)
     for i, batch in enumerate(batches):
