@@ -46,7 +46,7 @@ class TransformerConfig:
     """The output matrix is the transposed embedding."""
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
-    windows: tuple[int | None, ...] | None = None
+    windows: Sequence[int | None] | None = None
     """How many keys each layer sees, from the query's own on back, repeated over the layers: with (256, 256, None)
     every third layer sees all. None: all do."""
     softcap: int | float | None = None
