@@ -234,7 +234,7 @@ def test_each_layer_has_its_window(four_layers: Any, monkeypatch: pytest.MonkeyP
         ({"window": 5}, [masks.window(3), masks.window(5)]),
     ):
         asked.clear()
-        jax.eval_shape(lambda x, options=options: windowed()[1](four_layers, x, **options), TOKENS)
+        jax.eval_shape(functools.partial(windowed()[1], **options), four_layers, TOKENS)
         assert asked == [(mask, 2.0) for mask in expected]
 
 
