@@ -63,7 +63,7 @@ def compiled(devices: list[Any], implementation: Callable[..., Any], options: di
 
     def local(q: Any, k: Any, v: Any, segments: Any) -> Any:
         def total(q: Any, k: Any, v: Any) -> Any:
-            found = options | {"segments": segments if packed else None}
+            found: dict[str, Any] = options | {"segments": segments if packed else None}
             y = attention(q, k, v, implementation=implementation, **found)
             return jnp.sum(jnp.square(y.astype(jnp.float32)))
 

@@ -159,7 +159,7 @@ def splash(
     one = pallas.CausalMask(shape) if width is None else pallas.LocalMask(shape, (width, 0), 0)
     side = next(size for size in (512, 256, 128) if length % size == 0)
     sides = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = pallas.BlockSizes(**{f"block_{name}": side for name in sides})
+    sizes = pallas.BlockSizes(**{f"block_{name}": side for name in sides})  # pyright: ignore[reportArgumentType]
 
     def run(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
         kernel: Any = pallas.make_splash_mha_single_device(
@@ -174,7 +174,8 @@ def splash(
     if jax.typeof(q).manual_axis_type.varying:
         run = _unchecked(run)
     q = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
-    y = run(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), None if segments is None else segments.astype(jnp.int32))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    y = run(q, k, v, None if segments is None else segments.astype(jnp.int32))
     return jnp.swapaxes(y, 1, 2).astype(q.dtype)
 
 

@@ -112,7 +112,7 @@ def blockwise(
     grouped, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, whole - length), (0, 0)]) for x in (grouped, k, v))
     if segments is not None:
         segments = jnp.pad(segments, ((0, 0), (0, whole - length)))
-    y = _attend(_Static(mask, softcap, block), *vary_alike(grouped, k, v, segments))
+    y: Any = _attend(_Static(mask, softcap, block), *vary_alike(grouped, k, v, segments))
     return jnp.moveaxis(y[..., :length, :], 3, 1).reshape(q.shape)
 
 

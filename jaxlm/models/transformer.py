@@ -46,7 +46,7 @@ class TransformerConfig:
     """The output matrix is the transposed embedding."""
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
-    windows: tuple[int | None, ...] | None = None
+    windows: Sequence[int | None] | None = None
     """How many keys each layer sees, from the query's own on back, repeated over the layers: with (256, 256, None)
     every third layer sees all. None: all do."""
     softcap: int | float | None = None
@@ -238,36 +238,33 @@ class Transformer(nnx.Module):
             positions = positions - _starts(segments)
         where = Where(first, positions, segments)
         cached = None if cache is None else (cache.k, cache.v)
-        layers = [
-            _layer(
-                functools.partial(
-                    attention, mask=mask, softcap=self.config.softcap, implementation=self.implementation
-                ),
-                self.wrap_layer,
-            )
-            for mask in self._masks(window)
-        ]
+        options: dict[str, Any] = {"softcap": self.config.softcap, "implementation": self.implementation}
+        attends = [functools.partial(attention, mask=mask, **options) for mask in self._masks(window)]
+        layers = [_layer(attend, self.wrap_layer) for attend in attends]
 
         def run(x: Any, given: Any) -> tuple[Any, Any]:
             """The layers of one period of the windows."""
+            if len(layers) == 1:  # without a detour, on which XLA copies more
+                return layers[0](given[0], x, where, given[1])
             found: list[Any] = []
             for i, layer in enumerate(layers):
                 block, cached = jax.tree.map(lambda leaf, i=i: leaf[i], given)
                 x, cached = layer(block, x, where, cached)
                 found.append(cached)
-            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), found[0], *found[1:])
 
-        blocks_and_cached = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, len(layers), *leaf.shape[1:]), (self.blocks, cached)
-        )
+        given = self.blocks, cached
+        if len(layers) > 1:
+            given = jax.tree.map(lambda leaf: leaf.reshape(-1, len(layers), *leaf.shape[1:]), given)
         x, cached = jax.lax.scan(
             run,
             # Looked up in float32, where the gradients of a token add up: bfloat16 stops at some 256 of them.
             embed.astype(jnp.float32)[tokens].astype(embed.dtype),
-            blocks_and_cached,
+            given,
             unroll=self.config.layers // len(layers) if self.unroll else 1,
         )
-        cached = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cached)
+        if len(layers) > 1:
+            cached = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cached)
         matrix = embed.T if self.head is None else self.head.kernel[...]
         out = (head or _logits)(self.norm(x), jnp.asarray(matrix))
         return out if cached is None else (out, Cache(*cached, first + tokens.shape[1]))

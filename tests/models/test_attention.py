@@ -167,7 +167,7 @@ def test_bfloat16_rounds_weights_and_output_only():
     assert error < 2 * 2**-8 * float(jnp.max(jnp.abs(v)))
 
 
-def test_bfloat16_blocks_are_as_exact_as_bfloat16_whole_rows():
+def test_gradients_in_bfloat16_are_rounded_twice():
     arrays = inputs(2, dtype=jnp.bfloat16, length=LONGER)
     dy = np.random.default_rng(9).normal(size=arrays[0].shape).astype(jnp.bfloat16)
     exact = one_query_at_a_time(*arrays, mask=masks.window(9), dy=dy.astype(np.float64))
@@ -177,8 +177,9 @@ def test_bfloat16_blocks_are_as_exact_as_bfloat16_whole_rows():
         found = [np.asarray(x, np.float64) for x in jax.jit(pull)(jnp.asarray(dy))]
         return [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(found, exact, strict=True)]
 
-    whole, by_blocks = errors(dense), errors(functools.partial(blockwise, block=8))
-    assert all(0 < mine < 2**-7 and mine < 1.2 * theirs for mine, theirs in zip(by_blocks, whole, strict=True))
+    # Weights and gradients are rounded by at most 2**-9 of each; were the scores rounded too, it would be more.
+    for error in (*errors(dense), *errors(HERE["blockwise"])):
+        assert 0 < error < 2**-8
 
 
 @pytest.mark.parametrize("implementation", ["dense", "blockwise"])

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+import json
 import math
 import sys
 from typing import Any
@@ -7,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models import TransformerConfig, empty_cache, transformer
+from jaxlm import sharding
+from jaxlm.grads import data_parallel
+from jaxlm.losses import next_token
+from jaxlm.models import TransformerConfig, empty_cache, masks, transformer
+from jaxlm.models.attention import blockwise, dense
 from jaxlm.models.layers import rotary
 from jaxlm.tree import named_leaves, size
 
@@ -45,6 +52,10 @@ def logits(params: Any) -> np.ndarray:
         ({"heads": 3}, "width 16 is not divisible by 3 heads"),
         ({"kv_heads": 3}, "4 heads are not divisible by 3 kv_heads"),
         ({"heads": 16, "kv_heads": 16}, "even head width"),
+        ({"windows": ()}, "windows are \\(\\)"),
+        ({"windows": (0,)}, "windows are .*; use widths of 1 or more, or None"),
+        ({"windows": (2, None)}, "1 layers are not divisible by the 2 of windows"),
+        ({"softcap": 0.0}, "softcap is 0.0; use a number above 0, or None"),
     ],
 )
 def test_config_refuses_impossible_shapes(wrong: dict[str, Any], message: str):
@@ -194,3 +205,114 @@ def test_every_parameter_has_a_gradient(params: Any):
         assert np.all(np.isfinite(grad)), name
         used = grad[np.unique(TOKENS)] if name == "embed" else grad
         assert np.all(np.any(used != 0, axis=-1)), name
+
+
+def windowed(**options: Any) -> tuple[Any, Any]:
+    """Four layers, every second of which sees all, with a soft cap."""
+    config = dataclasses.replace(CONFIG, layers=4, windows=(3, None), softcap=2.0)
+    return config, transformer(config, **options)[1]
+
+
+@pytest.fixture(scope="module")
+def four_layers() -> Any:
+    rng = np.random.default_rng(2)
+    shapes = jax.eval_shape(transformer(windowed()[0])[0], jax.random.key(0))
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3).astype(np.float32), shapes)
+
+
+def test_each_layer_has_its_window(four_layers: Any, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+
+    def record(q: jax.Array, *_: Any, mask: Any, softcap: Any, **__: Any) -> jax.Array:
+        asked.append((mask, softcap))
+        return q
+
+    monkeypatch.setattr(sys.modules["jaxlm.models.transformer"], "attention", record)
+    for options, expected in (
+        ({}, [masks.window(3), masks.causal]),
+        ({"window": 2}, [masks.window(2), masks.window(2)]),
+        ({"window": 5}, [masks.window(3), masks.window(5)]),
+    ):
+        asked.clear()
+        jax.eval_shape(functools.partial(windowed()[1], **options), four_layers, TOKENS)
+        assert asked == [(mask, 2.0) for mask in expected]
+
+
+def test_a_pattern_of_windows_runs_the_layers_in_their_order(four_layers: Any):
+    """One period of the pattern after another, each the model of two layers with its parameters."""
+    _, whole = windowed()
+    expected = jax.jit(whole)(four_layers, TOKENS)
+    changed = jax.tree.map(np.copy, four_layers)
+    for leaf in jax.tree.leaves(changed["blocks"]):
+        leaf[[0, 2]] = leaf[[2, 0]]
+    assert np.abs(np.asarray(jax.jit(whole)(changed, TOKENS)) - expected).max() > 1e-3
+    _, unrolled = windowed(unroll=True)
+    np.testing.assert_allclose(jax.jit(unrolled)(four_layers, TOKENS), expected, rtol=1e-5, atol=1e-5)
+    loops = [jax.jit(f).lower(four_layers, TOKENS).as_text().count("stablehlo.while") for f in (whole, unrolled)]
+    assert loops == [1, 0]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_token_is_seen_as_far_as_windows_reach(layers: int):
+    """Through two windows of 3, a token sees 2 positions back by each."""
+    config = dataclasses.replace(CONFIG, layers=layers, windows=(3,))
+    make, run = transformer(config)
+    params, jitted = jax.jit(make)(jax.random.key(0)), jax.jit(run, static_argnames="window")
+    narrow, wide = ({"window": 2}, 1 * layers), ({}, 2 * layers)
+    for options, reach in (narrow, wide):
+        before = np.asarray(jitted(params, TOKENS, **options))
+        changed = TOKENS.copy()
+        changed[:, 1] = (TOKENS[:, 1] + 1) % CONFIG.vocab
+        differs = np.any(np.asarray(jitted(params, changed, **options)) != before, axis=-1)
+        at = np.arange(LENGTH)
+        np.testing.assert_array_equal(differs, np.broadcast_to((at >= 1) & (at <= 1 + reach), differs.shape))
+
+
+def test_windows_and_masks_hold_with_a_cache(four_layers: Any):
+    config, run = windowed(mask=masks.fixed(2, 2))
+    run = jax.jit(run)
+    expected = run(four_layers, TOKENS)
+    cache, begin, pieces = empty_cache(config, ROWS, LENGTH + 2), 0, []
+    for end in (3, 4, 8):
+        piece, cache = run(four_layers, TOKENS[:, begin:end], cache=cache)
+        pieces.append(piece)
+        begin = end
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(jax.jit(windowed()[1])(four_layers, TOKENS)) - expected).max() > 1e-3
+
+
+def test_implementations_give_the_same_model(four_layers: Any):
+    small = functools.partial(blockwise, block=4)
+    logits = [
+        jax.jit(windowed(implementation=implementation)[1])(four_layers, TOKENS, segments=SEGMENTS)
+        for implementation in (dense, small)
+    ]
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["checkpoint", "data_parallel"])
+def test_windowed_layers_may_be_wrapped_and_divided_over_devices(four_layers: Any, wrap: str):
+    small = functools.partial(blockwise, block=4)
+    batch = {"tokens": np.tile(TOKENS, (4, 1)), "segments": np.tile(SEGMENTS, (4, 1))}
+
+    def gradient(**options: Any) -> Any:
+        return jax.value_and_grad(next_token(windowed(implementation=small, **options)[1]), has_aux=True)
+
+    (expected, _), grads = jax.jit(gradient())(four_layers, batch, jax.random.key(0))
+    if wrap == "checkpoint":
+        (loss, _), found = jax.jit(gradient(wrap_layer=jax.checkpoint))(four_layers, batch, jax.random.key(0))
+    else:
+        layout = sharding.lay_out(four_layers, sharding.mesh(), zero=1)
+        params = jax.jit(lambda: four_layers, out_shardings=layout.params)()
+        placed = sharding.place(batch, sharding.by_rows(layout.mesh))
+        (loss, _), found = jax.jit(data_parallel(gradient(), layout))(params, placed, jax.random.key(0))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, grads)
+
+
+def test_a_configuration_comes_back_from_json():
+    config, _ = windowed()
+    again = TransformerConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config
+    assert hash(again) == hash(config)
