@@ -1,17 +1,34 @@
-"""From text to batches: the token store, the plan and the pipeline."""
+"""From text to batches: sources, tokenizers, the token store, the plan and the pipeline."""
 
+from jaxlm.data.bpe import CL100K_PATTERN as CL100K_PATTERN
+from jaxlm.data.bpe import GPT2_PATTERN as GPT2_PATTERN
+from jaxlm.data.bpe import gpt2_files as gpt2_files
+from jaxlm.data.bpe import rank_file as rank_file
+from jaxlm.data.bpe import train_bpe as train_bpe
 from jaxlm.data.corpus import Corpus as Corpus
-from jaxlm.data.corpus import cached_corpus as cached_corpus
 from jaxlm.data.corpus import open_corpus as open_corpus
-from jaxlm.data.corpus import python_library_corpus as python_library_corpus
-from jaxlm.data.corpus import write_corpus as write_corpus
+from jaxlm.data.ingest import cached_corpus as cached_corpus
+from jaxlm.data.ingest import is_heldout as is_heldout
+from jaxlm.data.ingest import python_library_corpus as python_library_corpus
+from jaxlm.data.ingest import write_corpus as write_corpus
 from jaxlm.data.pipeline import Batches as Batches
 from jaxlm.data.pipeline import iterate as iterate
 from jaxlm.data.plan import BucketPlan as BucketPlan
 from jaxlm.data.plan import bucket as bucket
+from jaxlm.data.sources import Reader as Reader
+from jaxlm.data.sources import Shard as Shard
+from jaxlm.data.sources import UnreadableError as UnreadableError
+from jaxlm.data.sources import array_record as array_record
+from jaxlm.data.sources import hugging_face as hugging_face
+from jaxlm.data.sources import json_lines as json_lines
+from jaxlm.data.sources import parquet as parquet
+from jaxlm.data.sources import plain_text as plain_text
+from jaxlm.data.sources import shards as shards
 from jaxlm.data.text import Document as Document
 from jaxlm.data.text import python_library as python_library
 from jaxlm.data.text import text_files as text_files
 from jaxlm.data.tokenizers import ByteTokenizer as ByteTokenizer
+from jaxlm.data.tokenizers import SubwordTokenizer as SubwordTokenizer
 from jaxlm.data.tokenizers import Tokenizer as Tokenizer
+from jaxlm.data.tokenizers import faster as faster
 from jaxlm.data.tokenizers import tokenizer_of as tokenizer_of
