@@ -1,5 +1,6 @@
 """Shards of documents: files of several formats, from here or from any URL that fsspec knows."""
 
+import errno
 import functools
 import gzip
 import io
@@ -10,11 +11,12 @@ import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from jaxlm.data._optional import optional
 from jaxlm.data.text import Document
 
+Stream = Any  # a file opened for reading bytes: a BinaryIO, but what gzip and fsspec give is none to the letter
 BATCH = 64  # rows of a table that are in memory at once
 
 
@@ -40,7 +42,7 @@ class Reader(NamedTuple):
 
     suffixes: tuple[str, ...]
     """How the names of its files end, without `.gz` and `.zst`, which are unpacked first."""
-    read: Callable[[BinaryIO, str], Iterator[Document]]
+    read: Callable[[Stream, str], Iterator[Document]]
     """From an open file and its name to its documents."""
 
 
@@ -137,7 +139,7 @@ class _File(NamedTuple):
     name: str
     describe: Callable[[], tuple[str, int]]
     """Gives what tells whether it changes, and its size."""
-    open: Callable[[], BinaryIO]
+    open: Callable[[], Stream]
 
 
 def _local_files(path: str, leave_out: Collection[str]) -> Iterator[_File]:
@@ -193,11 +195,13 @@ def _read(name: str, read: Callable[[], Iterator[Document]]) -> Iterator[Documen
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # each format has its own
-        raise UnreadableError(f"{name} can't be read: {error or repr(error)}") from error
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # of a copy that was being made
+        raise UnreadableError(f"{name} can't be read: {str(error) or repr(error)}") from error
 
 
 def _read_file(
-    opened: Callable[[], BinaryIO], name: str, read: Callable[[BinaryIO, str], Iterator[Document]]
+    opened: Callable[[], Stream], name: str, read: Callable[[Stream, str], Iterator[Document]]
 ) -> Iterator[Document]:
     with opened() as stream:
         if not name.endswith((".gz", ".zst")):
@@ -210,18 +214,18 @@ def _read_file(
             yield from read(unpacked, name)
 
 
-def _unpacked(stream: BinaryIO, name: str) -> BinaryIO:
+def _unpacked(stream: Stream, name: str) -> Stream:
     if name.endswith(".gz"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+        return io.BufferedReader(gzip.GzipFile(fileobj=stream))
     arrow = optional("pyarrow")  # unlike other readers of zstd it tells when the end is missing
-    return cast(BinaryIO, io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(stream, mode="r"), "zstd")))
+    return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(stream, mode="r"), "zstd"))
 
 
-def _read_text(stream: BinaryIO, name: str) -> Iterator[Document]:
+def _read_text(stream: Stream, name: str) -> Iterator[Document]:
     yield Document(name, stream.read())
 
 
-def _read_json_lines(field: str, stream: BinaryIO, name: str) -> Iterator[Document]:
+def _read_json_lines(field: str, stream: Stream, name: str) -> Iterator[Document]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -238,7 +242,7 @@ def _read_json_lines(field: str, stream: BinaryIO, name: str) -> Iterator[Docume
         yield Document(f"{name}:{number}", text.encode(errors="surrogatepass"))
 
 
-def _read_parquet(column: str, stream: BinaryIO, name: str) -> Iterator[Document]:
+def _read_parquet(column: str, stream: Stream, name: str) -> Iterator[Document]:
     arrow = optional("pyarrow")
     with optional("pyarrow.parquet").ParquetFile(stream) as file:
         names = file.schema_arrow.names
@@ -250,7 +254,7 @@ def _read_parquet(column: str, stream: BinaryIO, name: str) -> Iterator[Document
                 yield Document(f"{name}:{(number := number + 1)}", value or b"")
 
 
-def _read_array_record(text: Callable[[bytes], bytes], stream: BinaryIO, name: str) -> Iterator[Document]:
+def _read_array_record(text: Callable[[bytes], bytes], stream: Stream, name: str) -> Iterator[Document]:
     # Its reader wants a file of this machine, and returns no record at all from one that is cut off.
     module = optional("array_record.python.array_record_module")
     with tempfile.NamedTemporaryFile() as copy:
@@ -259,13 +263,11 @@ def _read_array_record(text: Callable[[bytes], bytes], stream: BinaryIO, name: s
             shutil.copyfileobj(stream, copy)
             copy.flush()
         reader = module.ArrayRecordReader(os.fspath(stream.name) if local else copy.name)
-        try:
-            if not reader.ok():
-                raise ValueError("it is no whole ArrayRecord file")
-            for number in range(1, reader.num_records() + 1):
-                yield Document(f"{name}:{number}", text(reader.read()))
-        finally:
-            reader.close()
+        if not reader.ok():
+            raise ValueError("it is no whole ArrayRecord file")
+        for number in range(1, reader.num_records() + 1):
+            yield Document(f"{name}:{number}", text(reader.read()))
+        reader.close()  # not after an error: it would raise another, without a message
 
 
 @functools.lru_cache(maxsize=1)
