@@ -6,6 +6,7 @@ import copy
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -272,7 +273,7 @@ def _join(folder: Path, parts: list[Path], tokenizer: Tokenizer, heldout: float,
         for name in ("not_utf8_names", "unreadable_names")
     }
     parts = [part for part, manifest in zip(parts, manifests, strict=True) if manifest["tokens"]]
-    copies, repeated = _repeated([np.memmap(part / "records.bin", RECORD, "r")["hash"] for part in parts])
+    copies, repeated = _repeated(parts)
     taken = np.zeros(len(repeated), np.bool_)
     with contextlib.ExitStack() as stack:
         writers = {split: _SplitWriter(folder, split, stack) for split in SPLITS}
@@ -308,11 +309,14 @@ def _join(folder: Path, parts: list[Path], tokenizer: Tokenizer, heldout: float,
     _write_file(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
-def _repeated(hashes: list[UInt64[np.ndarray, " D"]]) -> tuple[int, UInt64[np.ndarray, " R"]]:
-    """How many are copies of earlier ones, and the hashes that occur more than once, sorted."""
-    found = np.concatenate([np.zeros(0, np.uint64), *hashes])
-    found.sort()  # in place: 8 bytes for each document, however many there are
-    copies = found[1:][found[1:] == found[:-1]]
+def _repeated(parts: list[Path]) -> tuple[int, UInt64[np.ndarray, " R"]]:
+    """How many documents are copies of earlier ones, and the hashes that occur more than once, sorted."""
+    sizes = [(part / "records.bin").stat().st_size // RECORD.itemsize for part in parts]
+    hashes = np.empty(sum(sizes), np.uint64)  # 8 bytes for each document, however many there are
+    for part, end, size in zip(parts, itertools.accumulate(sizes), sizes, strict=True):
+        hashes[end - size : end] = np.memmap(part / "records.bin", RECORD, "r")["hash"]
+    hashes.sort()
+    copies = hashes[1:][hashes[1:] == hashes[:-1]]
     return len(copies), np.unique(copies)
 
 
