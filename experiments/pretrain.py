@@ -33,9 +33,9 @@ class Config:
     name: str = "pretrain"
     """The run is kept in runs/NAME."""
     text: str | None = None
-    """A folder of text to learn (.txt, .md, .py); without it, Python's standard library."""
+    """A folder of text to learn (.txt, .md, .py), or a corpus of prepare.py; without it, Python's standard library."""
     heldout: float = 0.04
-    """The share of its files to hold out, which the model never learns from."""
+    """The share of its files to hold out, which the model never learns from; a corpus has its own."""
     layers: int = 4
     width: int = 128
     heads: int = 2
@@ -71,9 +71,11 @@ def main(config: Config) -> None:
         raise ValueError(f"steps, save-every and tokens-per-batch must be 1 or more: {config}")
     by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__)))
     train.keep_programs()
-    tokenizer = data.ByteTokenizer()
+    home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
-    path = by_first(lambda: str(data.cached_corpus(folder / "corpus", texts, tokenizer, heldout=config.heldout)))
+    path = by_first(lambda: str(data.cached_corpus(home, texts, data.ByteTokenizer(), heldout=config.heldout)))
+    tokenizer = data.tokenizer_of(path)
+    by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
     rows = config.row_lengths, config.tokens_per_batch, config.seed
     batches = data.Batches(corpus, data.bucket(corpus.lengths, *rows), count=config.steps)
@@ -82,7 +84,7 @@ def main(config: Config) -> None:
     shape = models.TransformerConfig(
         vocab=corpus.vocab, layers=config.layers, width=config.width, heads=config.heads, qk_norm=True
     )
-    cpu, mesh = jax.default_backend() == "cpu", sharding.mesh(*config.mesh)
+    cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     dtype, microbatches = jnp.float32 if cpu else jnp.bfloat16, config.microbatches or 1 + (cpu and mesh.size == 1)
     init, apply = models.transformer(shape, unroll=True)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
@@ -90,10 +92,9 @@ def main(config: Config) -> None:
     layout = sharding.lay_out(shapes, mesh, zero=config.zero, rules=rules, stacked=models.stacked)
     if config.zero == 3:
         _, apply = models.transformer(shape, wrap_layer=grads.gather_layers(layout, "blocks", dtype=dtype))
-    loss_fn = losses.next_token(apply)
+    loss_fn, by_rows = losses.next_token(apply), sharding.by_rows(mesh)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     grad_fn = grads.data_parallel(grad_fn, layout, dtype=dtype, microbatches=microbatches)
-    warmup = config.steps // 20
     schedule = schedules.warmup(schedules.cosine(config.learning_rate, 0.0, config.steps - warmup), warmup)
     muon = partial(optim.muon, matrices=models.matrices, stacked=models.stacked, bank_sharding=layout.banks)
     muon = muon(schedule, orthogonalize=optim.newton_schulz(dtype=dtype), weight_decay=0.1)
@@ -101,7 +102,6 @@ def main(config: Config) -> None:
     if first:
         print(f"{corpus.summary}, {batches.plan.real_share:.1%} of positions are text")
         print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=microbatches))
-    by_rows = sharding.by_rows(mesh)
     place = partial(sharding.place, rows=by_rows)
     state = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))()
     step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), state, batches.specs(by_rows))

@@ -31,4 +31,5 @@ from jaxlm.data.tokenizers import ByteTokenizer as ByteTokenizer
 from jaxlm.data.tokenizers import SubwordTokenizer as SubwordTokenizer
 from jaxlm.data.tokenizers import Tokenizer as Tokenizer
 from jaxlm.data.tokenizers import faster as faster
+from jaxlm.data.tokenizers import save_tokenizer as save_tokenizer
 from jaxlm.data.tokenizers import tokenizer_of as tokenizer_of

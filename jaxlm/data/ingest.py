@@ -24,9 +24,9 @@ from jaxtyping import Bool, Integer, UInt64
 from jaxlm.data.corpus import FORMAT, SPLITS, Split
 from jaxlm.data.sources import Shard, UnreadableError
 from jaxlm.data.text import Document, python_library
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, save_tokenizer, write_file
 
-PART = 2**26  # bytes of text, stored as it may be, after which a part ends
+PART = 2**24  # bytes of text, stored as it may be, after which a part ends
 CHUNK = 2**18  # tokens that are in memory at once when parts are joined, unless a document has more
 NAMED = 100
 JOINED = "joined-"
@@ -184,7 +184,7 @@ def _write_part(folder: Path, tokenizer: Tokenizer, skip_unreadable: bool, group
     written = Path(tempfile.mkdtemp(dir=folder, prefix=f"{part.name}-"))
     try:
         manifest = _write_documents(written, tokenizer, skip_unreadable, group)
-        _write_file(written / "manifest.json", json.dumps(manifest))
+        write_file(written / "manifest.json", json.dumps(manifest))
         written.rename(part)
     finally:
         shutil.rmtree(written, ignore_errors=True)
@@ -293,8 +293,7 @@ def _join(folder: Path, parts: list[Path], tokenizer: Tokenizer, heldout: float,
                 f"write_corpus: no documents in the {split} split, out of {total['documents']} "
                 f"({total['empty']} of them empty); give more text or another heldout than {heldout}"
             )
-    for name, content in getattr(tokenizer, "files", {}).items():
-        _write_file(folder / name, content)
+    save_tokenizer(tokenizer, folder)
     manifest = {
         "format": FORMAT,
         "tokenizer": tokenizer.name,
@@ -306,7 +305,7 @@ def _join(folder: Path, parts: list[Path], tokenizer: Tokenizer, heldout: float,
         "dropped": copies if drop_duplicates else 0,
         **splits,
     }
-    _write_file(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_file(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _repeated(parts: list[Path]) -> tuple[int, UInt64[np.ndarray, " R"]]:
@@ -374,10 +373,3 @@ class _SplitWriter:
     def _write(self, kind: str, array: np.ndarray) -> None:
         self._files[kind].write(array.data)
         self._hashes[kind].update(array.data)
-
-
-def _write_file(path: Path, content: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
