@@ -343,8 +343,8 @@ def test_memory_is_bounded_whatever_the_size(tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     file = tmp_path / "a.jsonl"
     with file.open("w") as lines:
-        for i in range(2000):
-            lines.write(json.dumps({"text": f"{i} " * 1000}) + "\n")
+        for i in range(300):
+            lines.write(json.dumps({"text": f"{i} " * 8000}) + "\n")
     tracemalloc.start()
     try:
         data.write_corpus(tmp_path / "corpus", data.shards(file), BYTES)
