@@ -33,9 +33,9 @@ class Config:
     name: str = "pretrain"
     """The run is kept in runs/NAME."""
     text: str | None = None
-    """A folder of text to learn (.txt, .md, .py); without it, Python's standard library."""
+    """A folder of text to learn (.txt, .md, .py), or a corpus of prepare.py; without it, Python's standard library."""
     heldout: float = 0.04
-    """The share of its files to hold out, which the model never learns from."""
+    """The share of its files to hold out, which the model never learns from; a corpus has its own."""
     layers: int = 4
     width: int = 128
     heads: int = 2
@@ -71,11 +71,13 @@ def main(config: Config) -> None:
         raise ValueError(f"steps, save-every and tokens-per-batch must be 1 or more: {config}")
     by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__)))
     train.keep_programs()
-    tokenizer = data.ByteTokenizer()
+    home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
-    path = by_first(lambda: str(data.cached_corpus(folder / "corpus", texts, tokenizer, heldout=config.heldout)))
+    path = by_first(lambda: str(data.cached_corpus(home, texts, data.ByteTokenizer(), heldout=config.heldout)))
+    tokenizer = data.tokenizer_of(path)
+    by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
-    cpu, mesh = jax.default_backend() == "cpu", sharding.mesh(*config.mesh)
+    cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
     share = sharding.share(by_rows)
     batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), count=config.steps, share=share)
@@ -84,7 +86,7 @@ def main(config: Config) -> None:
     shape = models.TransformerConfig(
         vocab=corpus.vocab, layers=config.layers, width=config.width, heads=config.heads, qk_norm=True
     )
-    dtype, microbatches = jnp.float32 if cpu else jnp.bfloat16, config.microbatches or 1 + (cpu and mesh.size == 1)
+    dtype, slices = jnp.float32 if cpu else jnp.bfloat16, config.microbatches or 1 + (cpu and mesh.size == 1)
     init, apply = models.transformer(shape, unroll=True)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     rules, shapes = models.tensor_parallel(shape), jax.eval_shape(init, init_key)
@@ -92,16 +94,14 @@ def main(config: Config) -> None:
     if config.zero == 3:
         _, apply = models.transformer(shape, wrap_layer=grads.gather_layers(layout, "blocks", dtype=dtype))
     loss_fn = losses.next_token(apply)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    grad_fn = grads.data_parallel(grad_fn, layout, dtype=dtype, microbatches=microbatches)
-    warmup = config.steps // 20
+    grad_fn = grads.data_parallel(jax.value_and_grad(loss_fn, has_aux=True), layout, dtype=dtype, microbatches=slices)
     schedule = schedules.warmup(schedules.cosine(config.learning_rate, 0.0, config.steps - warmup), warmup)
     muon = partial(optim.muon, matrices=models.matrices, stacked=models.stacked, bank_sharding=layout.banks)
     muon = muon(schedule, orthogonalize=optim.newton_schulz(dtype=dtype), weight_decay=0.1)
     optimizer = optax.chain(optim.clip_by_global_norm(1.0), muon)
     if first:
         print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
-        print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=microbatches))
+        print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices))
     place = partial(sharding.place, rows=by_rows)
     state = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))()
     step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), state, batches.specs(by_rows))

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -92,7 +93,7 @@ def complete(
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Params, Tokenizer]:
-    """The newest model in a folder of checkpoints: all that `complete` needs.
+    """The newest model in a folder of checkpoints, and the tokenizer that was saved there: all that `complete` needs.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
@@ -100,6 +101,10 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Param
     """
     params, about = load_params(folder)
     try:
-        return TransformerConfig(**about["model"]), params, tokenizer_of(about["tokenizer"])
+        config, name = TransformerConfig(**about["model"]), about["tokenizer"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder} has no model of this version: {error}") from None
+    tokenizer = tokenizer_of(folder if (Path(folder) / "tokenizer.json").is_file() else name)
+    if tokenizer.name != name:
+        raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name}")
+    return config, params, tokenizer

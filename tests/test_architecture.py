@@ -41,6 +41,12 @@ DOORS = {
     "grain": "jaxlm/data/pipeline.py",
     "matplotlib": ("jaxlm/report.py", "jaxlm/schedules/_plot.py"),
     "rich": "jaxlm/metrics.py",
+    "array_record": "jaxlm/data/sources.py",
+    "datasets": "jaxlm/data/sources.py",
+    "fsspec": "jaxlm/data/sources.py",
+    "pyarrow": "jaxlm/data/sources.py",
+    "gigatoken": "jaxlm/data/tokenizers.py",
+    "tokenizers": ("jaxlm/data/tokenizers.py", "jaxlm/data/bpe.py"),
 }
 BY_EXPERIMENTS_ALONE = {"tyro", "experiments", "tests"}
 
@@ -53,6 +59,8 @@ def imports(file: Path) -> Iterator[str]:
             assert node.level == 0, f"{file}: relative import"
             assert node.module is not None
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "optional":
+            yield ast.literal_eval(node.args[0])
 
 
 def name_of(file: Path) -> str:

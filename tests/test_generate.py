@@ -67,3 +67,19 @@ def test_a_checkpoint_without_a_known_model_is_refused(params: dict[str, jax.Arr
         checkpoints.save(train.start(params, optax.sgd(0.1)))
     with pytest.raises(ValueError, match="no model of this version"):
         generate.load_model(tmp_path)
+
+
+def test_a_model_is_loaded_with_the_tokenizer_that_was_saved_beside_it(
+    params: dict[str, jax.Array], tmp_path: Path
+) -> None:
+    pytest.importorskip("tokenizers")
+    tokenizer = data.train_bpe([data.Document("a", b"some words, some words")], 258)
+    for name, folder in ((tokenizer.name, tmp_path / "one"), ("bytes", tmp_path / "other")):
+        data.save_tokenizer(tokenizer, folder)
+        with checkpoint.Checkpoints(folder, {"model": dataclasses.asdict(CONFIG), "tokenizer": name}) as checkpoints:
+            checkpoints.save(train.start(params, optax.sgd(0.1)))
+    config, loaded, found = generate.load_model(tmp_path / "one")
+    assert found == tokenizer
+    assert isinstance(generate.complete(config, loaded, found, "some", length=5), str)
+    with pytest.raises(ValueError, match=rf"has the tokenizer {tokenizer.name}, and its model learnt with bytes"):
+        generate.load_model(tmp_path / "other")

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from jaxlm import data, generate
+
 SCRIPT = Path(__file__).parents[1] / "experiments" / "pretrain.py"
 SMALL = [
     "--layers=1",
@@ -188,3 +190,15 @@ def test_a_refused_command_does_not_stand_in_the_way_of_the_right_one(
     pretrain.main(pretrain.Config(text="other", layers=1, width=16, row_lengths=(64,), steps=1, microbatches=1))
     manifest = json.loads((tmp_path / "runs" / "pretrain" / "corpus" / "manifest.json").read_text())
     assert manifest["not_utf8"] == 80
+
+
+@pytest.mark.slow
+def test_a_corpus_is_learnt_with_its_own_tokenizer(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    tokenizer = data.train_bpe(data.text_files(text), 300)
+    data.write_corpus(tmp_path / "corpus", data.shards(text), tokenizer, heldout=0.2)
+    output = finish(start(tmp_path, tmp_path / "corpus", "--steps=3"))
+    assert "sample: def" in output
+    _, _, found = generate.load_model(tmp_path / "runs" / "pretrain" / "checkpoints")
+    assert found == tokenizer
+    assert not (tmp_path / "runs" / "pretrain" / "corpus").exists()

@@ -1,13 +1,19 @@
-"""From text to batches: the token store, the plan and the pipeline."""
+"""From text to batches: sources, tokenizers, the token store, the plan and the pipeline."""
 
 from jaxlm.data.augment import FillInTheMiddle as FillInTheMiddle
 from jaxlm.data.augment import TokenDropout as TokenDropout
+from jaxlm.data.bpe import CL100K_PATTERN as CL100K_PATTERN
+from jaxlm.data.bpe import GPT2_PATTERN as GPT2_PATTERN
+from jaxlm.data.bpe import gpt2_files as gpt2_files
+from jaxlm.data.bpe import rank_file as rank_file
+from jaxlm.data.bpe import train_bpe as train_bpe
 from jaxlm.data.corpus import Corpus as Corpus
-from jaxlm.data.corpus import cached_corpus as cached_corpus
 from jaxlm.data.corpus import open_corpus as open_corpus
-from jaxlm.data.corpus import python_library_corpus as python_library_corpus
-from jaxlm.data.corpus import write_corpus as write_corpus
 from jaxlm.data.describe import describe as describe
+from jaxlm.data.ingest import cached_corpus as cached_corpus
+from jaxlm.data.ingest import is_heldout as is_heldout
+from jaxlm.data.ingest import python_library_corpus as python_library_corpus
+from jaxlm.data.ingest import write_corpus as write_corpus
 from jaxlm.data.packing import best_fit as best_fit
 from jaxlm.data.packing import one_a_row as one_a_row
 from jaxlm.data.parts import Place as Place
@@ -21,9 +27,21 @@ from jaxlm.data.plan import pack as pack
 from jaxlm.data.plan import pad as pad
 from jaxlm.data.row_lengths import best_row_lengths as best_row_lengths
 from jaxlm.data.row_lengths import row_cost as row_cost
+from jaxlm.data.sources import Reader as Reader
+from jaxlm.data.sources import Shard as Shard
+from jaxlm.data.sources import UnreadableError as UnreadableError
+from jaxlm.data.sources import array_record as array_record
+from jaxlm.data.sources import hugging_face as hugging_face
+from jaxlm.data.sources import json_lines as json_lines
+from jaxlm.data.sources import parquet as parquet
+from jaxlm.data.sources import plain_text as plain_text
+from jaxlm.data.sources import shards as shards
 from jaxlm.data.text import Document as Document
 from jaxlm.data.text import python_library as python_library
 from jaxlm.data.text import text_files as text_files
 from jaxlm.data.tokenizers import ByteTokenizer as ByteTokenizer
+from jaxlm.data.tokenizers import SubwordTokenizer as SubwordTokenizer
 from jaxlm.data.tokenizers import Tokenizer as Tokenizer
+from jaxlm.data.tokenizers import faster as faster
+from jaxlm.data.tokenizers import save_tokenizer as save_tokenizer
 from jaxlm.data.tokenizers import tokenizer_of as tokenizer_of

@@ -1,9 +1,22 @@
 """Text to token ids and back."""
 
-from typing import Protocol, runtime_checkable
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
+
+from jaxlm.data._optional import optional
+
+END = "<|endoftext|>"
+LARGEST_FILE = 2**28  # bytes: no vocabulary is nearly as large, and a damaged or wrong file may be
 
 
 @runtime_checkable
@@ -50,12 +63,188 @@ class ByteTokenizer:
         return np.asarray(ids)[np.asarray(ids) < self.start].astype(np.uint8).tobytes()
 
 
-def tokenizer_of(name: str) -> Tokenizer:
-    """The tokenizer of that name.
+@dataclasses.dataclass(frozen=True)
+class SubwordTokenizer:
+    """A tokenizer in the JSON format of Hugging Face's `tokenizers`, which is saved with every corpus that it makes.
+
+    A document has the ids that `tokenizers` gives its text, between two ends: so its first token is predicted too.
+    Names of special tokens in a text are text. What isn't UTF-8 becomes U+FFFD, so it doesn't come back; all else
+    does, if the vocabulary is one of bytes.
+
+    Args:
+        content: that of a `tokenizer.json`.
+        end_token: the token that every document ends with.
+        encoder: None, or what makes of `content` a function from a text to its ids; see `faster`.
 
     Raises:
-        ValueError: there is none.
+        ImportError: `tokenizers` isn't installed.
+        ValueError: it isn't such JSON, or its vocabulary lacks the end token.
     """
-    if name != ByteTokenizer.name:
-        raise ValueError(f"tokenizer_of: unknown tokenizer {name!r}; there is {ByteTokenizer.name!r}")
-    return ByteTokenizer()
+
+    content: str = dataclasses.field(repr=False)
+    end_token: str = END
+    encoder: Callable[[str], Callable[[str], Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.end_token not in self._ids:
+            special = [token.content for token in self._model.get_added_tokens_decoder().values()]
+            raise ValueError(f"the tokenizer has no token {self.end_token!r}; its special tokens are {special}")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.content, self.end_token, self.encoder)
+
+    @property
+    def name(self) -> str:
+        content = json.dumps([self.end_token, self.content]).encode()
+        return f"subword-{hashlib.sha256(content).hexdigest()[:16]}"
+
+    @property
+    def vocab(self) -> int:
+        return self._vocab
+
+    @property
+    def end(self) -> int:
+        return self._ids[self.end_token]
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """What is saved with a corpus: its name and its content, as `transformers` has them too."""
+        return {"tokenizer.json": self.content, "tokenizer_config.json": json.dumps({"eos_token": self.end_token})}
+
+    def encode(self, text: bytes) -> Integer[np.ndarray, " T"]:
+        found = self._encode(text.decode(errors="replace"))
+        ids = np.empty(len(found) + 2, np.uint32)
+        ids[0], ids[1:-1], ids[-1] = self.end, found, self.end
+        return ids
+
+    def decode(self, ids: Integer[np.ndarray, " T"]) -> bytes:
+        return self._model.decode(ids[ids != self.end].tolist(), skip_special_tokens=False).encode()
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        try:
+            model = optional("tokenizers").Tokenizer.from_str(self.content)
+        except ImportError:
+            raise
+        except Exception as error:  # it raises nothing more precise
+            raise ValueError(f"this is not the JSON of a tokenizer: {error}") from None
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True
+        return model
+
+    @functools.cached_property
+    def _encode(self) -> Callable[[str], Any]:
+        if self.encoder is not None:
+            return self.encoder(self.content)
+        # Batches of one, since only batches do without each token's place in the text, which takes time.
+        return lambda text: self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    @functools.cached_property
+    def _vocab(self) -> int:
+        return max(self._ids.values()) + 1
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return self._model.get_vocab()
+
+
+def _gigatoken(content: str) -> Callable[[str], Any]:
+    # It would take the names of added tokens in a text for these tokens.
+    plain = {**json.loads(content), "added_tokens": []}
+    return optional("gigatoken", "gigatoken").Tokenizer.from_json(json.dumps(plain)).encode
+
+
+def faster(tokenizer: SubwordTokenizer, sample: Iterable[bytes]) -> SubwordTokenizer:
+    """The same tokenizer, with ids from gigatoken, which is many times as fast, if they are the same on a sample.
+
+    Args:
+        tokenizer: what it must equal.
+        sample: texts to compare on, best of the corpus itself.
+
+    Raises:
+        ImportError: `gigatoken` isn't installed.
+        ValueError: it can't read this tokenizer, or gives other ids for a text of the sample.
+    """
+    fast = dataclasses.replace(tokenizer, encoder=_gigatoken)
+    hard = [b"", b" \t\n\r\n  x", "a\u0301 \u1d54a \U0001f469\u200d\U0001f680 \u00a0\u3000".encode(), b"don't  1234567"]
+    hard += [tokenizer.end_token.encode(), bytes(range(256))]
+    try:
+        for number, text in enumerate(itertools.chain(hard, sample)):
+            if not np.array_equal(fast.encode(text), tokenizer.encode(text)):
+                where = f"text {number - len(hard)} of the sample" if number >= len(hard) else f"the text {text!r}"
+                raise ValueError(f"it gives other ids for {where}")
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"gigatoken can't stand in for this tokenizer: {error}; use the tokenizer as it is") from error
+    return fast
+
+
+def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) -> Tokenizer:
+    """The tokenizer of that name, or the one in a corpus, in a folder or in a `tokenizer.json`.
+
+    Args:
+        name: `bytes`, or a path.
+        end_token: what documents end with, for a `tokenizer.json`; None: what a `tokenizer_config.json` beside it
+            says, or else `<|endoftext|>`.
+
+    Raises:
+        ImportError: `tokenizers` isn't installed.
+        ValueError: there is no such tokenizer, or it is damaged, or isn't the one that the corpus was written with.
+    """
+    path = Path(name)
+    if os.fspath(name) == ByteTokenizer.name:
+        return ByteTokenizer()
+    manifest = path / "manifest.json"
+    wanted = json.loads(manifest.read_bytes())["tokenizer"] if manifest.is_file() else None
+    if wanted == ByteTokenizer.name:
+        return ByteTokenizer()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"tokenizer_of: unknown tokenizer {os.fspath(name)!r}; there is {ByteTokenizer.name!r}, "
+            "or give the path of a corpus or a tokenizer.json"
+        )
+    if file.suffix == ".tiktoken":
+        raise ValueError(f"tokenizer_of: {file} doesn't tell how text is cut into pieces; use rank_file")
+    try:
+        content = read_file(file).decode()
+        found = SubwordTokenizer(content, end_token or _end_beside(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if wanted not in (None, found.name):
+        raise ValueError(f"{file} is {found.name}, and the corpus was written with {wanted}; write the corpus again")
+    return found
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
+    """Writes what `tokenizer_of` needs, if that is more than a name, into a folder."""
+    os.makedirs(folder, exist_ok=True)
+    for name, content in getattr(tokenizer, "files", {}).items():
+        write_file(Path(folder) / name, content)
+
+
+def write_file(path: Path, content: str) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end_beside(file: Path) -> str:
+    config = file.parent / "tokenizer_config.json"
+    found = json.loads(read_file(config)).get("eos_token") if config.is_file() else None
+    return (found["content"] if isinstance(found, dict) else found) or END
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a tokenizer's file.
+
+    Raises:
+        ValueError: it is far too large to be one.
+    """
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise ValueError(f"{path} has {size} bytes, more than any vocabulary: is it another file?")
+    return path.read_bytes()
