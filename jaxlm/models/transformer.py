@@ -267,7 +267,7 @@ class Transformer(nnx.Module):
             cached = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cached)
         matrix = embed.T if self.head is None else self.head.kernel[...]
         out = (head or _logits)(self.norm(x), jnp.asarray(matrix))
-        return out if cached is None else (out, Cache(*cached, first + tokens.shape[1]))
+        return out if cached is None else (out, Cache(cached[0], cached[1], first + tokens.shape[1]))
 
     def _masks(self, window: int | None) -> Sequence[Mask]:
         """The layers' masks, over one period."""

@@ -94,7 +94,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def share(rows: NamedSharding, own: Collection[jax.Device] | None = None) -> tuple[tuple[int, ...], int]:
+def share(rows: NamedSharding, own: Collection[Any] | None = None) -> tuple[tuple[int, ...], int]:
     """(parts, n): of any batch a process has these of n equal parts of its rows, counted from 0.
 
     Args:
@@ -122,7 +122,7 @@ def place(batch: Mapping[str, Any], rows: NamedSharding) -> dict[str, Any]:
     def put(x: np.ndarray) -> jax.Array:
         each = len(x) // len(parts)
 
-        def on_device(index: tuple[slice, ...]) -> np.ndarray:
+        def on_device(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(each * of)
             own = parts.index(begin // each) * each + begin % each
             return x[own : own + end - begin]
