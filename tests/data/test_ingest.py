@@ -246,7 +246,7 @@ def test_an_unreadable_shard_is_named_at_its_turn_or_left_out(
 ) -> None:
     path = tmp_path / "corpus"
     whole = (folder / "05.jsonl").read_text()
-    monkeypatch.setattr(ingest, "PART", 3000)  # the unreadable ones are in parts with others
+    monkeypatch.setattr(ingest, "PART", 6000)  # the unreadable ones are in parts with others
     (folder / "05.jsonl").write_text(whole + "{")
     (folder / "06.jsonl.gz").write_bytes(gzip.compress(whole.encode())[:-9])
     (folder / "99.jsonl").write_text(whole + "{")  # nothing comes after it
