@@ -246,23 +246,25 @@ def test_an_unreadable_shard_is_named_at_its_turn_or_left_out(
 ) -> None:
     path = tmp_path / "corpus"
     whole = (folder / "05.jsonl").read_text()
-    monkeypatch.setattr(ingest, "PART", 3000)  # the unreadable ones are in parts with others
+    monkeypatch.setattr(ingest, "PART", 6000)  # the unreadable ones are in parts with others
     (folder / "05.jsonl").write_text(whole + "{")
     (folder / "06.jsonl.gz").write_bytes(gzip.compress(whole.encode())[:-9])
+    (folder / "99.jsonl").write_text(whole + "{")  # nothing comes after it
+    unreadable = ["05.jsonl", "06.jsonl.gz", "99.jsonl"]
     shards = data.shards(folder)
     with pytest.raises(data.UnreadableError, match=r"05.jsonl can't be read: line 24 is not JSON"):
         data.write_corpus(path, shards, BYTES)
     assert parts(path)
     data.write_corpus(path, shards, BYTES, skip_unreadable=True)
-    fine = [shard for shard in shards if shard.name not in ("05.jsonl", "06.jsonl.gz")]
+    fine = [shard for shard in shards if shard.name not in unreadable]
     data.write_corpus(tmp_path / "straight", fine, BYTES)
     manifest = data.open_corpus(path).manifest
-    assert (manifest["unreadable"], manifest["unreadable_names"]) == (2, ["05.jsonl", "06.jsonl.gz"])
+    assert (manifest["unreadable"], manifest["unreadable_names"]) == (3, unreadable)
     found, straight = content(path), content(tmp_path / "straight")
     assert json.loads(found.pop("manifest.json")) == {
         **json.loads(straight.pop("manifest.json")),
-        "unreadable": 2,
-        "unreadable_names": ["05.jsonl", "06.jsonl.gz"],
+        "unreadable": 3,
+        "unreadable_names": unreadable,
     }
     assert found == straight
 
