@@ -76,4 +76,4 @@ docs: setup ## the examples in docstrings and the README's program
 	$(BIN)/pytest jaxlm tests/test_readme.py $(ARGS)
 
 lock: setup ## choose the newest versions that fit together
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra experiments --extra dev --no-emit-index-url --upgrade pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra data --extra experiments --extra dev --no-emit-index-url --upgrade pyproject.toml -o requirements.lock
