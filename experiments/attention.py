@@ -48,7 +48,8 @@ class Config:
 def main(config: Config) -> None:
     folder = Path("runs/attention")
     if config.smoke:
-        config = dataclasses.replace(config, seconds=0.0, rows_evaluated=2, layers=2, width=16, row_length=128)
+        tiny = {"layers": 2, "width": 16, "row_length": 128, "window": 16, "rows_evaluated": 2}
+        config = dataclasses.replace(config, seconds=0.0, **tiny)
         folder = Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     train.keep_programs()

@@ -265,7 +265,7 @@ class Transformer(nnx.Module):
         matrix = embed.T if self.head is None else self.head.kernel[...]
         flat = self.norm(x).reshape(-1, self.config.width)
         logits = jnp.matmul(flat, matrix, preferred_element_type=jnp.float32).reshape(*tokens.shape, -1)
-        return logits if cached is None else (logits, Cache(*cached, first + tokens.shape[1]))
+        return logits if cached is None else (logits, Cache(cached[0], cached[1], first + tokens.shape[1]))
 
     def _masks(self, window: int | None) -> Sequence[Mask]:
         """The layers' masks, over one period."""
