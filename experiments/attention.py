@@ -38,6 +38,7 @@ class Config:
     width: int = 128
     row_length: int = 4096
     window: int = 256
+    """Keys; BigBird's blocks are a quarter of it."""
     rows_evaluated: int = 48
     learning_rate: float = 4e-3
     smoke: bool = False
@@ -47,9 +48,8 @@ class Config:
 def main(config: Config) -> None:
     folder = Path("runs/attention")
     if config.smoke:
-        config = dataclasses.replace(
-            config, seconds=0.0, rows_evaluated=2, layers=2, width=16, row_length=128, window=16
-        )
+        tiny = {"layers": 2, "width": 16, "row_length": 128, "window": 16, "rows_evaluated": 2}
+        config = dataclasses.replace(config, seconds=0.0, **tiny)
         folder = Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     train.keep_programs()
@@ -109,14 +109,10 @@ def learn(model: Any, options: dict[str, Any], batches: Any, evaluated: list[Any
         lost = jnp.where(weights > 0, losses.cross_entropy(logits, targets), 0)
         return tuple(jnp.sum(x.reshape(len(x), BINS, -1), axis=(0, 2)) for x in (lost, weights))
 
-    sums = np.sum([by_position(state.params, batch) for batch in evaluated], axis=0)
+    sums = np.sum([by_position(state.params, batch) for batch in evaluated], axis=0, dtype=float)
     bits = sums[0] / np.maximum(sums[1], 1) / math.log(2)
-    about = {
-        "steps": len(curve),
-        "seconds_per_step": spent / len(curve),
-        "bits_per_byte": bits @ sums[1] / sum(sums[1]),
-    }
-    return about | {"bits_by_position": bits.tolist(), "losses": curve}
+    about = {"steps": len(curve), "seconds_per_step": spent / len(curve), "bits_by_position": bits.tolist()}
+    return about | {"bits_per_byte": float(bits @ sums[1] / sum(sums[1])), "losses": curve}
 
 
 def table(found: dict[str, Any], config: Config) -> Table:
@@ -138,12 +134,8 @@ def draw(found: dict[str, Any], config: Config, path: Path) -> None:
     for name, one in found.items():
         seconds = np.arange(1, one["steps"] + 1) * one["seconds_per_step"]
         left.plot(seconds, report.smooth(one["losses"], 20), label=f"{name}: {one['steps']} steps")
-        right.plot(
-            (np.arange(BINS) + 0.5) * config.row_length / BINS,
-            one["bits_by_position"],
-            marker="o",
-            label=f"{name}  {one['bits_per_byte']:.3f}",
-        )
+        at, bits = (np.arange(BINS) + 0.5) * config.row_length / BINS, one["bits_by_position"]
+        right.plot(at, bits, marker="o", label=f"{name}  {one['bits_per_byte']:.3f}")
     left.set(xlabel="seconds", title="Training loss, bits per byte")
     right.set(xlabel="position in the row", title="Held-out bits per byte")
     for axes in (left, right):

@@ -237,7 +237,7 @@ class Transformer(nnx.Module):
         if segments is not None:
             positions = positions - _starts(segments)
         where = Where(first, positions, segments)
-        cached = None if cache is None else (cache.k, cache.v)
+        cached: Any = None if cache is None else (cache.k, cache.v)
         options: dict[str, Any] = {"softcap": self.config.softcap, "implementation": self.implementation}
         attends = [functools.partial(attention, mask=mask, **options) for mask in self._masks(window)]
         layers = [_layer(attend, self.wrap_layer) for attend in attends]

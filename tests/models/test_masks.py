@@ -45,7 +45,7 @@ def test_a_mask_is_its_definition(name: str):
     np.testing.assert_array_equal(whole(mask), expected)
 
 
-@pytest.mark.parametrize("mask", [*(mask for mask, _ in DEFINED.values()), masks.bigbird(4)], ids=str)
+@pytest.mark.parametrize("mask", [*(mask for mask, _ in DEFINED.values()), masks.bigbird(4)], ids=[*DEFINED, "bigbird"])
 def test_traced_positions_give_the_same_and_a_query_sees_itself(mask: Mask):
     traced = jax.jit(lambda q, k: jnp.broadcast_to(mask.allowed(q[:, None], k[None]), (LENGTH, LENGTH)))
     np.testing.assert_array_equal(traced(POSITIONS, POSITIONS), whole(mask))
