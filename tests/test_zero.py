@@ -196,7 +196,7 @@ def test_a_run_is_the_same_on_one_device_and_on_many(
     ("name", "zero", "mesh"),
     [
         pytest.param(name, zero, mesh, marks=[] if (i + zero - j) % 4 == 0 else [pytest.mark.slow])
-        for i, name in enumerate(("adamw", "muon", "adafactor", "soap"))
+        for i, name in enumerate(("adamw", "muon", "adafactor", "lamb"))
         for zero in (1, 2, 3)
         for j, mesh in enumerate(PARTS)
     ],
