@@ -54,9 +54,10 @@ oracle: setup ## the optimizers against PyTorch's, which this installs
 	@$(BIN)/uv pip install -q --python $(BIN)/python -e ".[oracle]"
 	$(BIN)/pytest -m oracle $(ARGS)
 
-bench: setup ## train steps and optimizers against baselines, each in one run
+bench: setup ## train steps, optimizers and data against baselines, each in one run
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 	$(BIN)/python benchmarks/optimizers.py $(ARGS)
+	$(BIN)/python benchmarks/data.py $(ARGS)
 
 audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none of which is needed
 	.venv-ahead/bin/python benchmarks/traffic.py

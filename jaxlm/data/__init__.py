@@ -1,5 +1,6 @@
 """From text to batches: the token store, the plan and the pipeline."""
 
+from jaxlm.data._plot import plot as plot
 from jaxlm.data.augment import FillInTheMiddle as FillInTheMiddle
 from jaxlm.data.augment import TokenDropout as TokenDropout
 from jaxlm.data.corpus import Corpus as Corpus
