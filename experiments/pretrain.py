@@ -119,9 +119,7 @@ def main(config: Config) -> None:
         glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
         given = data.iterate(batches, start=done, place=place)
         with closing(given), metrics.Log(to, done, steps=config.steps) as log:
-            for state, measured in train.fit(
-                step, state, itertools.takewhile(lambda _: not stopped(), log.timed(given))
-            ):
+            for state, measured in train.fit(step, state, itertools.takewhile(lambda _: not stopped(), log.timed(given))):
                 log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
                 done, glance = done + 1, {}
                 if done % config.save_every == 0 and done < config.steps:
