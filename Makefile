@@ -54,10 +54,12 @@ oracle: setup ## the optimizers against PyTorch's, which this installs
 	@$(BIN)/uv pip install -q --python $(BIN)/python -e ".[oracle]"
 	$(BIN)/pytest -m oracle $(ARGS)
 
-bench: setup ## train steps, optimizers and attention against baselines, each in one run
+bench: setup ## train steps, optimizers, attention, memory and data against baselines, each in one run
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 	$(BIN)/python benchmarks/optimizers.py $(ARGS)
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/data.py $(ARGS)
 
 audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none of which is needed
 	.venv-ahead/bin/python benchmarks/traffic.py

@@ -79,8 +79,9 @@ class Turns:
         function()
         wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
         others = max(0.0, machine.busy_seconds() - busy - cpu) / wall if busy else None
-        for measured, value in ((self.cpu, cpu), (self.wall, wall), (self.foreign_cores, others)):
-            measured.setdefault(what, []).append(value)
+        self.cpu.setdefault(what, []).append(cpu)
+        self.wall.setdefault(what, []).append(wall)
+        self.foreign_cores.setdefault(what, []).append(others)
 
 
 class Planned:
@@ -168,7 +169,7 @@ def look_through(batches: data.Batches) -> tuple[int, int]:
     tokens = 0
     for batch in batches:
         function(batch)
-        tokens += np.count_nonzero(batch["segments"]) if "segments" in batch else int(batch["lengths"].sum())
+        tokens += int(np.count_nonzero(batch["segments"])) if "segments" in batch else int(batch["lengths"].sum())
     return tokens, len(compiled)
 
 
@@ -242,6 +243,7 @@ def numbers(text: Text, found: dict[str, Planned | Packed]) -> dict[str, Any]:
             "tokens_iterated_per_second_per_core": one.tokens / cpu["iterate"],
             "times_as_fast_as_grain": spread([theirs / mine for theirs, mine in zip(reference, own, strict=True)]),
             "seconds_to_first_batch": statistics.median(one.turns.wall["first batch"]),
+            "processor_seconds_to_first_batch": cpu["first batch"],
             "state_bytes": one.state_bytes,
             "compiles": one.compiles,
             "rounds": dataclasses.asdict(one.turns),
@@ -252,7 +254,7 @@ def numbers(text: Text, found: dict[str, Planned | Packed]) -> dict[str, Any]:
         "tokens": int(text.corpus.lengths.sum()),
         "row_lengths": list(text.row_lengths),
         "tokens_per_batch": text.tokens_per_batch,
-        "documents_for_grain": found[REFERENCE].documents if isinstance(found[REFERENCE], Packed) else None,
+        "documents_for_grain": {name: one.documents for name, one in found.items() if isinstance(one, Packed)},
         "contestants": each,
     }
 
@@ -291,7 +293,7 @@ def table(result: dict[str, Any], device: str) -> Table:
             millions(one["tokens_gathered_per_second_per_core"]),
             millions(one["tokens_iterated_per_second_per_core"]),
             "{median:.0f} ({lower_quartile:.0f}-{upper_quartile:.0f})".format(**one["times_as_fast_as_grain"]),
-            f"{1e3 * one['seconds_to_first_batch']:.0f} ms",
+            "{:.0f} ({:.0f}) ms".format(*(1e3 * one[f"{clock}seconds_to_first_batch"] for clock in ("", "processor_"))),
             f"{one['state_bytes']} B",
             f"{one['compiles']}",
         )

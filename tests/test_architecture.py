@@ -39,7 +39,7 @@ DOORS = {
     "flax": "jaxlm/models/",
     "orbax": "jaxlm/checkpoint.py",
     "grain": "jaxlm/data/pipeline.py",
-    "matplotlib": ("jaxlm/report.py", "jaxlm/schedules/_plot.py"),
+    "matplotlib": ("jaxlm/report.py", "jaxlm/schedules/_plot.py", "jaxlm/data/_plot.py"),
     "rich": "jaxlm/metrics.py",
     "array_record": "jaxlm/data/sources.py",
     "datasets": "jaxlm/data/sources.py",

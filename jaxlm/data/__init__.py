@@ -1,5 +1,6 @@
 """From text to batches: sources, tokenizers, the token store, the plan and the pipeline."""
 
+from jaxlm.data._plot import plot as plot
 from jaxlm.data.augment import FillInTheMiddle as FillInTheMiddle
 from jaxlm.data.augment import TokenDropout as TokenDropout
 from jaxlm.data.bpe import CL100K_PATTERN as CL100K_PATTERN
