@@ -97,6 +97,8 @@ class Planned:
         expected = sum(int(plan.batch(i).pieces["length"].sum()) for i in range(len(self.batches)))
         if self.tokens != expected:
             sys.exit(f"{text.name}: the batches hold {self.tokens} tokens, and by the plan {expected}")
+        self.passes = max(1, most // len(self.batches))  # so that a turn on a small text isn't over at once
+        self.tokens *= self.passes
         with closing(data.iterate(self.batches)) as iterator:
             next(iterator)
             self.state_bytes = len(json.dumps(iterator.get_state()))
@@ -105,9 +107,8 @@ class Planned:
         """Plans each document once, gathers batches, iterates over them, waits for a new plan's first."""
         lengths, fresh = self.text.corpus.lengths, self.make(self.text.corpus.lengths)
         self.turns.take("plan", lambda: self.make(lengths, passes=1).count)
-        self.turns.take("gather", lambda: sum(1 for _ in self.batches))
-        with closing(data.iterate(self.batches)) as iterator:
-            self.turns.take("iterate", lambda: sum(1 for _ in iterator))
+        self.turns.take("gather", lambda: [self.gather() for _ in range(self.passes)])
+        self.turns.take("iterate", lambda: [self.iterate() for _ in range(self.passes)])
         with contextlib.ExitStack() as stack:
 
             def first() -> None:
@@ -115,6 +116,17 @@ class Planned:
                 next(stack.enter_context(closing(data.iterate(batches))))
 
             self.turns.take("first batch", first)
+
+    def gather(self) -> None:
+        """Gathers all batches, one after another."""
+        for _ in self.batches:
+            pass
+
+    def iterate(self) -> None:
+        """Has a thread gather them."""
+        with closing(data.iterate(self.batches)) as iterator:
+            for _ in iterator:
+                pass
 
     def seconds_per_token(self) -> list[float]:
         """From lengths to batches, round by round."""

@@ -79,10 +79,11 @@ def best_fit(lengths: Int[np.ndarray, " P"], row_lengths: Sequence[int]) -> Plac
             which, place = np.divmod(np.arange(end - begin), each)
             row[begin:end], space_before[begin:end] = count + which, new - place * length
             full, more = divmod(end - begin, each)
-            opened[count : count + full + (more > 0)] = new
-            leave(new - each * length, np.arange(count, count + full))
-            leave(new - more * length, np.arange(count + full, count + full + (more > 0)))
-            count += full + (more > 0)
+            rows = np.arange(count, count + full + (more > 0))
+            opened[rows] = new
+            leave(new - each * length, rows[:full])
+            leave(new - more * length, rows[full:])
+            count += len(rows)
             begin = end
     found = np.empty((2, len(lengths)), np.int64)
     found[:, order] = row, opened[row] - space_before
