@@ -162,8 +162,10 @@ def main() -> None:
         os.execve(sys.executable, sys.orig_argv, environment)
     found: list[dict[str, Any]] = []
     for length in options.lengths:
-        found += measure(length, options.rounds, options.dense_up_to)
-        print(f"{length} done")
+        measured = measure(length, options.rounds, options.dense_up_to)
+        for one in measured:
+            print(f"{length}, {one['by']}: {1e3 * one['seconds']:,.1f} ms", flush=True)
+        found += measured
     device = machine.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table(found, f"attention on {device}"))

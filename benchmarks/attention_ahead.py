@@ -36,8 +36,8 @@ CASES: Final[list[Case]] = [
     *[
         (chip, name, implementation, options)
         for chip, own, more in (
-            ("h100", cudnn, {}),
             ("v5e", splash, {"segments": {"segments": True}, "soft cap": {"softcap": 50.0}}),
+            ("h100", cudnn, {}),
         )
         for implementation in (dense, blockwise, own)
         for name, options in {

@@ -318,6 +318,7 @@ def test_shapes_and_dtypes_that_cannot_be_done_are_refused():
     ("backend", "length", "dtype", "options", "expected"),
     [
         ("cpu", 256, jnp.float32, {}, "dense"),
+        ("cpu", 1024, jnp.float32, {}, "blockwise"),
         ("cpu", 4096, jnp.float32, {"mask": masks.window(256)}, "blockwise"),
         ("cpu", 256, jnp.float32, {"mask": masks.window(16)}, "dense"),
         ("cpu", 4096, jnp.float32, {"mask": masks.window(256), "first": 1}, "dense"),
