@@ -7,7 +7,6 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from jaxlm import tree
 from jaxlm.compiled import Compiled, donating
@@ -17,7 +16,7 @@ MEMORY: Final = {
     "NVIDIA A100-SXM4-40GB": 40 * 2**30,
     "NVIDIA A100": 80 * 2**30,
     "NVIDIA H100": 80 * 2**30,
-    "NVIDIA H200": 141 * 10**9,
+    "NVIDIA H200": 140 * 2**30,
     "TPU v4": 32 * 2**30,
     "TPU v5 lite": 16 * 2**30,
     "TPU v5": 95 * 2**30,
@@ -41,17 +40,16 @@ class Memory:
 
     title: str
     nbytes: dict[str, int]
-    """`parameters`, `optimizer state` and `batch` by their shapes and shardings, `temporaries` and `results, padding` by
-    the compiler's account."""
+    """Parameters, optimizer state and batch by their shapes and shardings, the rest by the compiler's account."""
     parts: dict[str, int]
-    """Of the temporaries, by the step's own arrays before XLA fuses them. They needn't exist at the same time, so what
-    is left of the temporaries, `other`, is the least that it can be."""
+    """Of the temporaries, by the step's arrays before XLA fuses them; `other` is what is left. They needn't exist at
+    the same time: the gradient of the logits is gone when those of the layers are made."""
     limit: int | None
     """What a device has; None: not known."""
     knobs: list[Knob]
     """What applies, the greatest saving first."""
     refused: str = ""
-    """Why the compiler made no program, if the memory isn't enough for it; then temporaries are the sum of the parts."""
+    """Why the compiler made no program, where the memory isn't enough; temporaries are then the sum of the parts."""
 
     @property
     def total(self) -> int:
@@ -79,7 +77,7 @@ class Memory:
         lines += ["each of these would save, about"] if self.knobs else []
         for knob in self.knobs:
             then = self.limit is not None and not self.fits and self.total - knob.saves <= self.limit
-            lines.append(row(knob.name, knob.saves, f"{knob.price}{'; then it fits' if then else ''}"))
+            lines.append(row(knob.name, knob.saves, f"{knob.price}{'; then it should fit' if then else ''}"))
         return "\n".join(lines)
 
 
@@ -104,155 +102,178 @@ def memory(
     """
     if isinstance(step, Compiled):
         raise ValueError("preflight.memory: the step has been compiled; give what train.make_step returns")
-    found: list[tuple[int, Batch, Any, Any, str]] = []
+    programs: list[tuple[float, Batch, Any, Any, str]] = []
     for batch in batches:
-        traced, program, refused = donating(step, state).trace(state, batch), None, ""
+        traced = donating(step, state).trace(state, batch)
         try:
             program = traced.lower().compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            refused = str(error).partition("\n")[0]
-        needed = program.temp_size_in_bytes + program.argument_size_in_bytes if program else tree.nbytes(batch) << 60
-        found.append((needed, batch, traced, program, refused))
-    if not found:
+            programs.append((math.inf, batch, traced, None, str(error).partition("\n")[0]))
+        else:
+            held = program.argument_size_in_bytes + program.output_size_in_bytes - program.alias_size_in_bytes
+            programs.append((held + program.temp_size_in_bytes, batch, traced, program, ""))
+    if not programs:
         raise ValueError("preflight.memory: no batches; give one of each shape")
-    _, batch, traced, program, refused = max(found, key=lambda item: item[0])
-    arrays = _Arrays(state, batch, traced.jaxpr.jaxpr, vocab)
-    parts = arrays.parts()
+    held, batch, traced, program, refused = max(programs, key=lambda item: item[0])
+    found = _find(state, traced.jaxpr.jaxpr, vocab)
+    parts = {
+        "gradients": max(found.sums + found.of_layers, 0 if found.sums else _own(state.params)),
+        "logits and their gradient": 2 * found.logits,
+        "activations kept for the backward pass": found.kept,
+        "parameters in use": found.in_use,
+    }
     nbytes = {"parameters": _own(state.params), "optimizer state": _own(state.opt_state), "batch": _own(batch)}
-    held = sum(nbytes.values())
-    nbytes["temporaries"] = program.temp_size_in_bytes if program else sum(parts.values())
+    temporaries = program.temp_size_in_bytes if program else sum(parts.values())
+    parts["other"] = max(0, temporaries - sum(parts.values()))
     if program:
-        more = program.argument_size_in_bytes + program.output_size_in_bytes - program.alias_size_in_bytes - held
-        nbytes["results, padding"] = max(0, more)
-    parts["other"] = max(0, nbytes["temporaries"] - sum(parts.values()))
+        nbytes["results, padding"] = max(0, int(held) - sum(nbytes.values()) - temporaries)
+    nbytes["temporaries"] = temporaries
+    knobs = [
+        knob
+        for knob in _knobs(found, parts["gradients"], temporaries, state, batch)
+        if knob.saves > 0.01 * sum(nbytes.values())
+    ]
     device = _device(state)
-    worthwhile = [knob for knob in arrays.knobs(parts) if knob.saves > 0.01 * sum(nbytes.values())]
-    knobs = sorted(worthwhile, key=lambda knob: -knob.saves)
-    shape = "x".join(map(str, batch["tokens"].shape))
-    title = f"each {device.device_kind}, for a batch of {shape} tokens"
-    return Memory(title, nbytes, parts, _limit(device) if limit is None else limit, knobs, refused)
+    shape = " x ".join(map(str, batch["tokens"].shape))
+    return Memory(
+        f"on each {device.device_kind}, for a batch of {shape} tokens",
+        nbytes,
+        parts,
+        _limit(device) if limit is None else limit,
+        sorted(knobs, key=lambda knob: -knob.saves),
+        refused,
+    )
 
 
-class _Scan(NamedTuple):
-    """A loop over layers, of which a part is kept for the backward pass."""
+class _Found(NamedTuple):
+    """What a step's equations tell, in bytes where nothing else is said."""
 
+    vocab: int
+    logits: int
+    """float32 `[tokens, V]`, of as many tokens as have them at a time."""
     kept: int
+    """What the scan over layers stacks for the backward pass."""
     kept_float32: int
     streams: int
-    """Bytes of what goes from layer to layer, at all of them."""
+    """What goes from layer to layer, at all of them."""
+    microbatches: int
+    sums: int
+    """Gradients that add up over microbatches."""
+    of_layers: int
+    """Gradients that the scan back over layers stacks."""
+    in_use: int
+    """Parameters that have been brought together or rounded."""
+    rounded: bool
+    by_layer: bool
+    """Whether parameters are brought together layer by layer."""
 
 
-class _Arrays:
-    """The arrays of a step, as it was traced."""
+def _find(state: TrainState, jaxpr: Any, vocab: int | None) -> _Found:
+    leaves = jax.tree.leaves(state.params)
+    whole = {x.shape for x in leaves}
+    shapes = whole | {_shard(x) for x in leaves}
+    equations = list(_equations(jaxpr))
+    scans = [e for e in equations if e.primitive.name == "scan"]
+    back = [e for e in scans if _goes_back(e)]
 
-    def __init__(self, state: TrainState, batch: Batch, jaxpr: Any, vocab: int | None):
-        self.state, self.batch, self.jaxpr = state, batch, jaxpr
-        leaves = jax.tree.leaves(state.params)
-        self.whole = {x.shape for x in leaves}
-        self.shapes = self.whole | {_shard(x) for x in leaves}
-        equations = list(_equations(jaxpr))
-        read = [e.invars[0].aval.shape for e in equations if e.primitive.name == "gather"]
-        rows = [shape[0] for shape in read if shape in self.whole and len(shape) == 2]
-        self.vocab = vocab or max(rows, default=0)
-        matrices = {tuple(sorted(shape)) for shape in self.whole if self.vocab in shape}
-        self.logits = max(
-            (
-                e.outvars[0].aval
-                for e in equations
-                if e.primitive.name == "dot_general"
-                and e.outvars[0].aval.shape[-1:] == (self.vocab,)
-                and any(tuple(sorted(x.aval.shape)) in matrices for x in e.invars)
-            ),
-            key=lambda aval: aval.size,
-            default=None,
-        )
-        self.layers = max(_layers(jaxpr), key=lambda scan: scan.kept, default=_Scan(0, 0, 0))
-        self.microbatches, self.sums = 1, 0
-        for e in equations:
-            if e.primitive.name == "scan" and not e.params["reverse"] and _differentiates(e.params["jaxpr"].jaxpr):
-                self.microbatches *= e.params["length"]
-                carried = [x.aval for x in e.outvars[: e.params["num_carry"]]]
-                self.sums = sum(map(_nbytes, (x for x in carried if x.shape in self.shapes)))
-        self.stacked = sum(
-            _nbytes(x.aval)
-            for e in equations
-            if e.primitive.name == "scan" and e.params["reverse"]
-            for x in e.outvars[e.params["num_carry"] :]
-            if x.aval.shape in self.shapes
-        )
-        self.in_use = sum(_nbytes(e.outvars[0].aval) for e in equations if self._is_used_copy(e))
+    # Indices read from a parameter are tokens; where the loss reads its targets, it is from no parameter.
+    read = [e.invars[0].aval.shape for e in equations if e.primitive.name == "gather"]
+    ids = vocab or max((shape[0] for shape in read if shape in whole and len(shape) == 2), default=0)
+    matrices = {tuple(sorted(shape)) for shape in whole if ids in shape}
+    logits = [
+        _nbytes(e.outvars[0])
+        for e in equations
+        if e.primitive.name == "dot_general"
+        and e.outvars[0].aval.shape[-1:] == (ids,)
+        and any(tuple(sorted(x.aval.shape)) in matrices for x in e.invars)
+    ]
 
-    def _is_used_copy(self, equation: Any) -> bool:
-        """Whether it brings a parameter together, or rounds it."""
-        name = equation.primitive.name
-        if name not in ("all_gather", "convert_element_type") or equation.outvars[0].aval.shape not in self.shapes:
-            return False
-        before, after = equation.invars[0].aval, equation.outvars[0].aval
-        return name == "all_gather" or after.dtype.itemsize < before.dtype.itemsize
-
-    def parts(self) -> dict[str, int]:
-        """Gradients: the sums over microbatches and the layers' of one; without microbatches, at least all."""
-        return {
-            "gradients": self.sums + self.stacked if self.sums else max(self.stacked, _own(self.state.params)),
-            "logits": 0 if self.logits is None else _nbytes(self.logits),
-            "activations kept for the backward pass": self.layers.kept,
-            "parameters in use": self.in_use,
-        }
-
-    def knobs(self, parts: dict[str, int]) -> Iterator[Knob]:
-        """All that applies, however little it saves."""
-        params, logits = self.state.params, parts["logits"]
-        rows, length = _shard(self.batch["tokens"])
-        rows //= self.microbatches
-        kept = self.layers.kept
-        if rows % 2 == 0:
-            sums = 0 if self.sums else sum(x.size * 4 for x in jax.tree.leaves(params))
-            price = "little or no time; with ZeRO 2 and 3 more is sent"
-            yield Knob(f"{2 * self.microbatches} microbatches", (kept + logits) // 2 - sums, price)
-        yield Knob('wrap_layer=models.remat("full")', kept - self.layers.streams, "about a third more time")
-        tokens = 0 if self.logits is None else self.logits.size // self.vocab
-        if tokens == rows * length and (chunk := min(1024, tokens // 8)):
-            yield Knob(f"losses.next_token(chunk={chunk})", logits * (tokens - chunk) // tokens, "little time")
-        rounded = self.layers.kept_float32 // 2 - (0 if self.in_use else _own(params) // 2)
-        yield Knob("bfloat16", rounded, "digits; what is float32 in any case isn't halved, so at most")
-        leaves = [x for x in jax.tree.leaves(self.state.opt_state) if x.dtype == jnp.float32 and x.size >= 4096]
-        lean = sum(int(_own(x) * (1 - (1 + 4 / min(256, x.shape[-1])) / 4)) for x in leaves if x.shape in self.whole)
-        yield Knob("optim.lean, state in int8", lean, "time on CPUs; no loss to be seen in docs/optimizers.md")
-        yield from self._zero(parts)
-
-    def _zero(self, parts: dict[str, int]) -> Iterator[Knob]:
-        params = self.state.params
-        mesh = getattr(_sharding(jax.tree.leaves(params)[0]), "mesh", None)
-        share = 1 - 1 / mesh.shape.get("data", 1) if mesh is not None else 0.0
-        exact = sum(x.size * 4 for x in jax.tree.leaves(params))
-        divided = _own(params) < tree.nbytes(params)
-        lasting = 0 if divided else int((_own(params) + _own(self.state.opt_state)) * share)
-        copies = 0 if divided or self.in_use else _own(params)  # whole parameters, which stage 0 has anyway
-        sums = int(exact * share) if self.sums >= exact else 0
-        if not divided:
-            yield Knob("zero=1", lasting - copies, "none: what is sent is no more")
-        if sums:
-            yield Knob("zero=2", lasting - copies + sums, "gradients are sent in each microbatch")
-        yield Knob("zero=3", lasting + sums + int(self.in_use * share), "parameters too are sent, twice a microbatch")
+    kept, kept_float32, streams = max(_layers(jaxpr), default=(0, 0, 0))
+    outer = [e for e in scans if not e.params["reverse"] and any(map(_goes_back, _equations(e.params["jaxpr"])))]
+    # What comes after the last scan back is the optimizer's.
+    last = max((i for i, e in enumerate(equations) if _goes_back(e)), default=len(equations))
+    of_params = [e for e in equations[:last] if e.primitive.name in ("all_gather", "convert_element_type")]
+    made = [(e, e.outvars[0].aval) for e in of_params if e.outvars[0].aval.shape in shapes]
+    made = [(e, aval) for e, aval in made if jnp.issubdtype(aval.dtype, jnp.floating)]
+    used = [e for e, aval in made if e.primitive.name == "all_gather" or aval.dtype.itemsize < _width(e.invars[0])]
+    return _Found(
+        ids,
+        max(logits, default=0),
+        kept,
+        kept_float32,
+        streams,
+        math.prod(e.params["length"] for e in outer),
+        sum(_nbytes(x) for e in outer for x in e.outvars[: e.params["num_carry"]] if x.aval.shape in shapes),
+        sum(_nbytes(x) for e in back for x in e.outvars[e.params["num_carry"] :] if x.aval.shape in shapes),
+        sum(_nbytes(e.outvars[0]) for e in used),
+        min([x.dtype.itemsize for x in leaves] + [_width(e.outvars[0]) for e in used]) < 4,
+        any(e.primitive.name == "all_gather" for scan in back for e in _equations(scan.params["jaxpr"])),
+    )
 
 
-def _layers(jaxpr: Any) -> Iterator[_Scan]:
-    """Of every level that has scans which go forward and, over what they have stacked, back."""
+def _layers(jaxpr: Any) -> Iterator[tuple[int, int, int]]:
+    """What each scan forward stacks for a scan back, how much of it is float32, and its carry at all layers."""
     scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
-    back = {id(x) for e in scans if e.params["reverse"] for x in e.invars}
+    needed = {id(x) for e in scans if _goes_back(e) for x in e.invars}
     for e in scans:
-        if not e.params["reverse"]:
-            carry = e.params["num_carry"]
-            kept = [x.aval for x in e.outvars[carry:] if id(x) in back]
-            if kept:
-                float32 = sum(_nbytes(x) for x in kept if x.dtype == jnp.float32)
-                streams = e.params["length"] * sum(_nbytes(x.aval) for x in e.outvars[:carry])
-                yield _Scan(sum(map(_nbytes, kept)), float32, streams)
+        carry = e.params["num_carry"]
+        if kept := [x for x in e.outvars[carry:] if not e.params["reverse"] and id(x) in needed]:
+            float32 = [x for x in kept if x.aval.dtype == jnp.float32]
+            streams = e.params["length"] * sum(map(_nbytes, e.outvars[:carry]))
+            yield sum(map(_nbytes, kept)), sum(map(_nbytes, float32)), streams
     for e in jaxpr.eqns:
         for inner in _inner(e):
             yield from _layers(inner)
+
+
+def _knobs(found: _Found, gradients: int, temporaries: int, state: TrainState, batch: Batch) -> Iterator[Knob]:
+    """All that applies, however little it saves."""
+    own, share = _own(state.params), _share(state.params)
+    exact = 4 * tree.size(state.params)
+    rows, length = _shard(batch["tokens"])
+    rows //= found.microbatches
+    tokens = found.logits // (4 * found.vocab) if found.vocab else 0
+    chunked = 0 < tokens < rows * length
+
+    if rows % 2 == 0:
+        fixed = gradients + found.in_use + (2 * found.logits if chunked else 0)
+        saves = (temporaries - fixed) // 2 - (0 if found.sums else exact)
+        yield Knob(f"{2 * found.microbatches} microbatches", saves, "little or no time; with zero 2 and 3 more is sent")
+    yield Knob('wrap_layer=models.remat("full")', found.kept - found.streams, "about a third more time")
+    # Where logits with their gradient aren't at the peak, a layer's backward pass is, and nothing is saved.
+    if not chunked and found.kept + 2 * found.logits > 0.9 * temporaries and (chunk := min(1024, tokens // 8)):
+        yield Knob(f"losses.next_token(chunk={chunk})", 2 * found.logits * (tokens - chunk) // tokens, "little time")
+    if not found.rounded:
+        copies = 0 if found.in_use else own // 2
+        yield Knob(
+            "compute in bfloat16, at most",
+            found.kept_float32 // 2 - copies,
+            "digits; norms and softmax stay in float32",
+        )
+    state_leaves = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32 and x.size >= 4096]
+    shapes = {x.shape for x in jax.tree.leaves(state.params)}
+    lean = sum(_own(x) * (3 - 4 / min(256, x.shape[-1])) / 4 for x in state_leaves if x.shape in shapes)
+    yield Knob("optim.lean, state in int8", int(lean), "random rounding, which takes a CPU time")
+
+    divided = own < tree.nbytes(state.params)
+    lasting = 0 if divided else int((own + _own(state.opt_state)) * share)
+    copies = 0 if divided or found.in_use else own  # whole parameters during the step, as stage 0 has anyway
+    whole = gradients - (found.sums if found.sums < exact else 0)  # what isn't divided
+    if not divided:
+        yield Knob("zero=1", lasting - copies, "no more is sent than without")
+    if found.sums >= exact:
+        yield Knob("zero=2", lasting - copies + int(exact * share), "gradients are sent in each microbatch")
+    if not found.by_layer:
+        saves = lasting + int((whole + found.in_use) * share)
+        yield Knob("zero=3", saves, "gradients, and parameters twice, are sent in each microbatch")
+
+
+def _share(params: Any) -> float:
+    """The part of an array that a device needn't have where it is divided over `data`."""
+    mesh = getattr(_sharding(jax.tree.leaves(params)[0]), "mesh", None)
+    return 0.0 if mesh is None else 1 - 1 / mesh.shape.get("data", 1)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
@@ -271,12 +292,16 @@ def _inner(equation: Any) -> Iterator[Any]:
                 yield one
 
 
-def _differentiates(jaxpr: Any) -> bool:
-    return any(e.primitive.name == "scan" and e.params["reverse"] for e in _equations(jaxpr))
+def _goes_back(equation: Any) -> bool:
+    return equation.primitive.name == "scan" and equation.params["reverse"]
 
 
-def _nbytes(aval: Any) -> int:
-    return aval.size * aval.dtype.itemsize
+def _width(variable: Any) -> int:
+    return variable.aval.dtype.itemsize
+
+
+def _nbytes(variable: Any) -> int:
+    return variable.aval.size * variable.aval.dtype.itemsize
 
 
 def _sharding(x: Any) -> Any:
