@@ -1,4 +1,4 @@
-"""Measures what saves memory, and what time it takes: gradient accumulation, and cross-entropy in chunks.
+"""Measures what saves memory, and what time it takes: accumulation, cross-entropy in chunks, and rematerialization.
 
 All contestants of a table do the same work, and must agree on its loss. They take turns in random order; ratios are
 taken within a round. Memory is the compiler's own account. See README.md beside this file.
@@ -124,10 +124,31 @@ def cross_entropy(vocab: int, smoke: bool) -> Iterable[Contestant]:
         yield Contestant(f"chunks of {chunk} tokens" if chunk else f"all {tokens} tokens", program, turn)
 
 
+def remat(smoke: bool) -> Iterable[Contestant]:
+    """The loss of a decoder and its gradients, with each policy, its layers in a loop and one after another."""
+    vocab, width, layers, rows, length = (64, 16, 2, 4, 8) if smoke else (4096, 256, 4, 8, 256)
+    config = models.TransformerConfig(vocab=vocab, layers=layers, width=width, heads=4)
+    params = jax.jit(models.transformer(config)[0])(KEY)
+    batch = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, vocab, (rows, length), np.int32))}
+    for unroll in (False, True):
+        for name in ("none", "dots", "blocks", "offload", "full"):
+            _, apply = models.transformer(config, wrap_layer=models.remat(name), unroll=unroll)
+            grad_fn = jax.value_and_grad(losses.next_token(apply), has_aux=True)
+            program = jax.jit(grad_fn).lower(params, batch, KEY).compile()
+
+            def turn(program: Any = program) -> jax.Array:
+                (loss, aux), found = jax.block_until_ready(program(params, batch, KEY))
+                del found
+                return loss / aux.weight_sum
+
+            yield Contestant(f"{name}, {'unrolled' if unroll else 'scanned'}", program, turn)
+
+
 TABLES: Final[Mapping[str, Callable[[bool], Iterable[Contestant]]]] = {
     "accumulation": accumulation,
     "cross-entropy, V=50304": partial(cross_entropy, 50304),
     "cross-entropy, V=128256": partial(cross_entropy, 128256),
+    "remat": remat,
 }
 """The first contestant of each is what the others are held against."""
 

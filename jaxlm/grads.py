@@ -165,7 +165,7 @@ def gather_layers(
     name: str,
     *,
     dtype: jax.typing.DTypeLike | None = None,
-    policy: Callable[..., bool] | None = None,
+    policy: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Brings a layer's parameters together right before it is computed: for stage 3, inside the model.
 
@@ -177,8 +177,8 @@ def gather_layers(
         layout: what `sharding.lay_out` returned for the whole model.
         name: of the subtree that holds the stacked layers, such as `"blocks"`.
         dtype: what parameters are rounded to before they travel; None: they aren't. Give `data_parallel` the same.
-        policy: what else to keep for the backward pass, one of `jax.checkpoint_policies`; None: everything but the
-            parameters.
+        policy: what else to keep for the backward pass, such as `models.remat_policy("dots")` or one of
+            `jax.checkpoint_policies`; None: everything but the parameters.
 
     Returns:
         A wrapper of the function `layer(params, *args)`, whose parameters are a pytree with as many leaves, in the same

@@ -3,6 +3,8 @@
 from jaxlm.models import attention as attention
 from jaxlm.models import masks as masks
 from jaxlm.models.functional import functional as functional
+from jaxlm.models.remat import remat as remat
+from jaxlm.models.remat import remat_policy as remat_policy
 from jaxlm.models.transformer import Cache as Cache
 from jaxlm.models.transformer import Transformer as Transformer
 from jaxlm.models.transformer import TransformerConfig as TransformerConfig

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
@@ -167,8 +168,8 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None, attend: Attend
     ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
         y, cached = self.attention(self.attention_norm(x), where, cached, attend)
-        x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), cached
+        x = x + checkpoint_name(y, "attention")
+        return x + checkpoint_name(self.feed_forward(self.feed_forward_norm(x)), "feed_forward"), cached
 
 
 class Transformer(nnx.Module):
