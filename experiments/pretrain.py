@@ -75,7 +75,6 @@ def main(config: Config) -> None:
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
     path = by_first(lambda: str(data.cached_corpus(home, texts, data.ByteTokenizer(), heldout=config.heldout)))
     tokenizer = data.tokenizer_of(path)
-    by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
@@ -113,6 +112,7 @@ def main(config: Config) -> None:
 
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint}
     to, rates = folder if first else None, np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
+    by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
     with checkpoint.Checkpoints(folder / "checkpoints", about) as checkpoints, train.stop_signals() as stop:
         state = checkpoints.restore(state) or state
         done = int(state.step)

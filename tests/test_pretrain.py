@@ -153,9 +153,9 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     ("change", "message"),
     [
         ({"heads": 3}, "width 128 is not divisible by 3 heads"),
-        ({"tokens_per_batch": 500}, "500 tokens per batch is not a positive multiple"),
+        ({"tokens_per_batch": 200}, "200 tokens per batch don't hold a row of 256"),
         ({"microbatches": 3}, "not divisible over 8 devices in 3 microbatches"),
-        ({"tokens_per_batch": 256 * 4}, "a batch of 4 rows is not divisible over 8 devices"),
+        ({"tokens_per_batch": 256 * 4}, "4 rows of 256 tokens can't be divided over 8 devices"),
         ({"row_lengths": (1,)}, r"row lengths \[1\]"),
         ({"save_every": 0}, "must be 1 or more"),
         ({"steps": 0}, "must be 1 or more"),
