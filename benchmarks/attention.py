@@ -33,6 +33,7 @@ from jaxlm.models.blockwise import BLOCK
 HERE: Final = Path(__file__).parent
 HEADS, WIDTH = 2, 64
 SMOKE, LENGTHS = (256, 512), (1024, 2048, 4096, 8192, 16384, 32768)
+CAPTION: Final = f"{HEADS} heads of {WIDTH}, one row, float32; medians, with quartiles; others on {{:.1f}} cores"
 WINDOW: Final = 512
 DENSE_UP_TO: Final = 16384
 """Beyond, its scores alone are 8 GB, several times over."""
@@ -48,7 +49,8 @@ class Contestant:
     """One program: the gradient of a sum over attention's output."""
 
     def __init__(self, name: str, mask: masks.Mask, implementation: Callable[..., Any], arrays: list[jax.Array]):
-        self.name, self.arrays, self.seconds = name, arrays, list[float]()
+        self.name, self.arrays = name, arrays
+        self.seconds, self.foreign_cores = list[float](), list[float]()
 
         def total(*arrays: jax.Array) -> jax.Array:
             return jnp.sum(jnp.square(attention(*arrays, mask=mask, implementation=implementation)))
@@ -64,11 +66,18 @@ class Contestant:
         self.temporary_bytes: int = memory.temp_size_in_bytes
 
     def take(self) -> Any:
-        """A turn."""
-        begun = time.perf_counter()
+        """A turn, and how many cores other processes kept busy meanwhile."""
+        busy, cpu, begun = machine.busy_seconds(), sum(os.times()[:2]), time.perf_counter()
         found = jax.block_until_ready(self.run(*self.arrays))
-        self.seconds.append(time.perf_counter() - begun)
+        seconds, cpu = time.perf_counter() - begun, sum(os.times()[:2]) - cpu
+        self.seconds.append(seconds)
+        self.foreign_cores.append(max(0.0, (machine.busy_seconds() - busy - cpu) / seconds))
         return found
+
+    def forget(self) -> None:
+        """Those turns were for warming up."""
+        self.seconds.clear()
+        self.foreign_cores.clear()
 
 
 def products(program: Any) -> int:
@@ -93,15 +102,15 @@ def measure(length: int, rounds: int, dense_up_to: int) -> list[dict[str, Any]]:
     whole = [Contestant("dense", masks.causal, dense, arrays)] * (length <= dense_up_to)
     for one in (*made, *whole):
         one.take()
-        one.seconds.clear()
+        one.forget()
     if whole:
         for mine, right in zip(made[0].take(), whole[0].take(), strict=True):  # both are causal
             np.testing.assert_allclose(mine, right, rtol=1e-3, atol=1e-3)
         ratio = whole[0].compilers_operations / whole[0].operations
         if not 1 <= ratio < 1.2:  # elementwise operations come on top
             sys.exit(f"dense at {length}: the compiler counts {ratio:.2f} times the operations that we do")
-        made[0].seconds.clear()
-        whole[0].seconds.clear()
+        made[0].forget()
+        whole[0].forget()
     for _ in range(rounds):
         for one in random.sample([*made, *whole], len(made) + len(whole)):
             one.take()
@@ -117,7 +126,7 @@ def measure(length: int, rounds: int, dense_up_to: int) -> list[dict[str, Any]]:
             "dense_operations": 12 * HEADS * WIDTH * length**2,
             "temporary_bytes": one.temporary_bytes,
             "compile_seconds": one.compile_seconds,
-            "rounds": one.seconds,
+            "rounds": {"seconds": one.seconds, "foreign_cores": one.foreign_cores},
         }
         for one in (*whole, *made)
     ]
@@ -125,7 +134,8 @@ def measure(length: int, rounds: int, dense_up_to: int) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]], title: str) -> Table:
     """A line for each program."""
-    lines = Table(title=title, caption=f"{HEADS} heads of {WIDTH}, one row, float32; medians, with quartiles")
+    foreign = [cores for one in found for cores in one["rounds"]["foreign_cores"]]
+    lines = Table(title=title, caption=CAPTION.format(statistics.median(foreign)))
     for column in ("T", "by", "time", "times dense", "operations", "dense over these", "temporaries"):
         lines.add_column(column, justify="left" if column == "by" else "right", no_wrap=True)
     for one in found:
