@@ -10,6 +10,7 @@ import pytest
 
 from jaxlm import grads, losses, models, optim, precision, preflight, sharding, train
 from jaxlm.compiled import donating
+from jaxlm.preflight._memory import _limit
 from jaxlm.types import Batch, Step, TrainState
 
 KEY = jax.random.key(0)
@@ -115,6 +116,7 @@ def test_parts_follow_the_knobs():
     found, kept = memory(), "activations kept for the backward pass"
     assert memory(microbatches=2).parts[kept] == pytest.approx(found.parts[kept] / 2, rel=1e-3)
     assert memory(remat="full").parts[kept] == found.parts[kept] - knob(found, "wrap_layer")
+    assert memory(remat="offload").parts[kept] == memory(remat="full").parts[kept]
     logits = "logits and their gradient"
     assert memory(vocab=4096, chunk=128).parts[logits] == memory(vocab=4096).parts[logits] // 8
     assert found.parts[kept] - memory(bfloat16=True).parts[kept] <= knob(found, "compute in bfloat16") * 1.1
@@ -197,7 +199,7 @@ def test_other_errors_of_the_compiler_are_raised(monkeypatch: pytest.MonkeyPatch
 )
 def test_limits_are_the_device_s_own_or_known(kind: str, stats: Any, limit: int | None):
     device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats)
-    assert preflight._limit(device) == limit
+    assert _limit(device) == limit
 
 
 def test_a_compiled_step_and_no_batch_are_refused():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm import tree
 from jaxlm.compiled import Compiled, donating
+from jaxlm.preflight._traced import Arrays, find, per_device, shard
 from jaxlm.types import Batch, Step, TrainState
 
 MEMORY: Final = {
@@ -117,24 +118,25 @@ def memory(
     if not programs:
         raise ValueError("preflight.memory: no batches; give one of each shape")
     held, batch, traced, program, refused = max(programs, key=lambda item: item[0])
-    found = _find(state, traced.jaxpr.jaxpr, vocab)
+    found = find(state, traced.jaxpr.jaxpr, vocab)
     parts = {
-        "gradients": max(found.sums + found.of_layers, 0 if found.sums else _own(state.params)),
+        "gradients": max(found.sums + found.of_layers, 0 if found.sums else per_device(state.params)),
         "logits and their gradient": 2 * found.logits,
         "activations kept for the backward pass": found.kept,
         "parameters in use": found.in_use,
     }
-    nbytes = {"parameters": _own(state.params), "optimizer state": _own(state.opt_state), "batch": _own(batch)}
+    nbytes = {
+        "parameters": per_device(state.params),
+        "optimizer state": per_device(state.opt_state),
+        "batch": per_device(batch),
+    }
     temporaries = program.temp_size_in_bytes if program else sum(parts.values())
     parts["other"] = max(0, temporaries - sum(parts.values()))
     if program:
         nbytes["results, padding"] = max(0, int(held) - sum(nbytes.values()) - temporaries)
     nbytes["temporaries"] = temporaries
-    knobs = [
-        knob
-        for knob in _knobs(found, parts["gradients"], temporaries, state, batch)
-        if knob.saves > 0.01 * sum(nbytes.values())
-    ]
+    least = sum(nbytes.values()) // 100
+    knobs = [k for k in _knobs(found, parts["gradients"], temporaries, state, batch) if k.saves > least]
     device = _device(state)
     shape = " x ".join(map(str, batch["tokens"].shape))
     return Memory(
@@ -142,99 +144,18 @@ def memory(
         nbytes,
         parts,
         _limit(device) if limit is None else limit,
-        sorted(knobs, key=lambda knob: -knob.saves),
+        sorted(knobs, key=lambda k: -k.saves),
         refused,
     )
 
 
-class _Found(NamedTuple):
-    """What a step's equations tell, in bytes where nothing else is said."""
-
-    vocab: int
-    logits: int
-    """float32 `[tokens, V]`, of as many tokens as have them at a time."""
-    kept: int
-    """What the scan over layers stacks for the backward pass."""
-    kept_float32: int
-    streams: int
-    """What goes from layer to layer, at all of them."""
-    microbatches: int
-    sums: int
-    """Gradients that add up over microbatches."""
-    of_layers: int
-    """Gradients that the scan back over layers stacks."""
-    in_use: int
-    """Parameters that have been brought together or rounded."""
-    rounded: bool
-    by_layer: bool
-    """Whether parameters are brought together layer by layer."""
-
-
-def _find(state: TrainState, jaxpr: Any, vocab: int | None) -> _Found:
-    leaves = jax.tree.leaves(state.params)
-    whole = {x.shape for x in leaves}
-    shapes = whole | {_shard(x) for x in leaves}
-    equations = list(_equations(jaxpr))
-    scans = [e for e in equations if e.primitive.name == "scan"]
-    back = [e for e in scans if _goes_back(e)]
-
-    # Indices read from a parameter are tokens; where the loss reads its targets, it is from no parameter.
-    read = [e.invars[0].aval.shape for e in equations if e.primitive.name == "gather"]
-    ids = vocab or max((shape[0] for shape in read if shape in whole and len(shape) == 2), default=0)
-    matrices = {tuple(sorted(shape)) for shape in whole if ids in shape}
-    logits = [
-        _nbytes(e.outvars[0])
-        for e in equations
-        if e.primitive.name == "dot_general"
-        and e.outvars[0].aval.shape[-1:] == (ids,)
-        and any(tuple(sorted(x.aval.shape)) in matrices for x in e.invars)
-    ]
-
-    kept, kept_float32, streams = max(_layers(jaxpr), default=(0, 0, 0))
-    outer = [e for e in scans if not e.params["reverse"] and any(map(_goes_back, _equations(e.params["jaxpr"])))]
-    # What comes after the last scan back is the optimizer's.
-    last = max((i for i, e in enumerate(equations) if _goes_back(e)), default=len(equations))
-    of_params = [e for e in equations[:last] if e.primitive.name in ("all_gather", "convert_element_type")]
-    made = [(e, e.outvars[0].aval) for e in of_params if e.outvars[0].aval.shape in shapes]
-    made = [(e, aval) for e, aval in made if jnp.issubdtype(aval.dtype, jnp.floating)]
-    used = [e for e, aval in made if e.primitive.name == "all_gather" or aval.dtype.itemsize < _width(e.invars[0])]
-    return _Found(
-        ids,
-        max(logits, default=0),
-        kept,
-        kept_float32,
-        streams,
-        math.prod(e.params["length"] for e in outer),
-        sum(_nbytes(x) for e in outer for x in e.outvars[: e.params["num_carry"]] if x.aval.shape in shapes),
-        sum(_nbytes(x) for e in back for x in e.outvars[e.params["num_carry"] :] if x.aval.shape in shapes),
-        sum(_nbytes(e.outvars[0]) for e in used),
-        min([x.dtype.itemsize for x in leaves] + [_width(e.outvars[0]) for e in used]) < 4,
-        any(e.primitive.name == "all_gather" for scan in back for e in _equations(scan.params["jaxpr"])),
-    )
-
-
-def _layers(jaxpr: Any) -> Iterator[tuple[int, int, int]]:
-    """What each scan forward stacks for a scan back, how much of it is float32, and its carry at all layers."""
-    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
-    needed = {id(x) for e in scans if _goes_back(e) for x in e.invars}
-    for e in scans:
-        carry = e.params["num_carry"]
-        if kept := [x for x in e.outvars[carry:] if not e.params["reverse"] and id(x) in needed]:
-            float32 = [x for x in kept if x.aval.dtype == jnp.float32]
-            streams = e.params["length"] * sum(map(_nbytes, e.outvars[:carry]))
-            yield sum(map(_nbytes, kept)), sum(map(_nbytes, float32)), streams
-    for e in jaxpr.eqns:
-        for inner in _inner(e):
-            yield from _layers(inner)
-
-
-def _knobs(found: _Found, gradients: int, temporaries: int, state: TrainState, batch: Batch) -> Iterator[Knob]:
+def _knobs(found: Arrays, gradients: int, temporaries: int, state: TrainState, batch: Batch) -> Iterator[Knob]:
     """All that applies, however little it saves."""
-    own, share = _own(state.params), _share(state.params)
+    own, share = per_device(state.params), _share(state.params)
     exact = 4 * tree.size(state.params)
-    rows, length = _shard(batch["tokens"])
+    rows, length = shard(batch["tokens"])
     rows //= found.microbatches
-    tokens = found.logits // (4 * found.vocab) if found.vocab else 0
+    tokens = found.tokens
     chunked = 0 < tokens < rows * length
 
     if rows % 2 == 0:
@@ -242,23 +163,22 @@ def _knobs(found: _Found, gradients: int, temporaries: int, state: TrainState, b
         saves = (temporaries - fixed) // 2 - (0 if found.sums else exact)
         yield Knob(f"{2 * found.microbatches} microbatches", saves, "little or no time; with zero 2 and 3 more is sent")
     yield Knob('wrap_layer=models.remat("full")', found.kept - found.streams, "about a third more time")
-    # Where logits with their gradient aren't at the peak, a layer's backward pass is, and nothing is saved.
+    # Without logits the peak is in a layer; where they, with their gradient, aren't at the peak, it is there already.
     if not chunked and found.kept + 2 * found.logits > 0.9 * temporaries and (chunk := min(1024, tokens // 8)):
-        yield Knob(f"losses.next_token(chunk={chunk})", 2 * found.logits * (tokens - chunk) // tokens, "little time")
+        in_layer = found.kept + found.of_layers + found.in_use + found.products
+        saves = min(2 * found.logits * (tokens - chunk) // tokens, temporaries - in_layer)
+        yield Knob(f"losses.next_token(chunk={chunk})", saves, "little time")
     if not found.rounded:
         copies = 0 if found.in_use else own // 2
-        yield Knob(
-            "compute in bfloat16, at most",
-            found.kept_float32 // 2 - copies,
-            "digits; norms and softmax stay in float32",
-        )
+        saves = found.kept_float32 // 2 - copies
+        yield Knob("compute in bfloat16, at most", saves, "digits; norms and softmax stay in float32")
     state_leaves = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32 and x.size >= 4096]
     shapes = {x.shape for x in jax.tree.leaves(state.params)}
-    lean = sum(_own(x) * (3 - 4 / min(256, x.shape[-1])) / 4 for x in state_leaves if x.shape in shapes)
+    lean = sum(per_device(x) * (3 - 4 / min(256, x.shape[-1])) / 4 for x in state_leaves if x.shape in shapes)
     yield Knob("optim.lean, state in int8", int(lean), "random rounding, which takes a CPU time")
 
     divided = own < tree.nbytes(state.params)
-    lasting = 0 if divided else int((own + _own(state.opt_state)) * share)
+    lasting = 0 if divided else int((own + per_device(state.opt_state)) * share)
     copies = 0 if divided or found.in_use else own  # whole parameters during the step, as stage 0 has anyway
     whole = gradients - (found.sums if found.sums < exact else 0)  # what isn't divided
     if not divided:
@@ -272,54 +192,13 @@ def _knobs(found: _Found, gradients: int, temporaries: int, state: TrainState, b
 
 def _share(params: Any) -> float:
     """The part of an array that a device needn't have where it is divided over `data`."""
-    mesh = getattr(_sharding(jax.tree.leaves(params)[0]), "mesh", None)
+    mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
     return 0.0 if mesh is None else 1 - 1 / mesh.shape.get("data", 1)
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for e in jaxpr.eqns:
-        yield e
-        for inner in _inner(e):
-            yield from _equations(inner)
-
-
-def _inner(equation: Any) -> Iterator[Any]:
-    """The programs within an equation: of loops, calls, rematerialization, `shard_map`."""
-    for value in equation.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            one = getattr(one, "jaxpr", one)
-            if hasattr(one, "eqns"):
-                yield one
-
-
-def _goes_back(equation: Any) -> bool:
-    return equation.primitive.name == "scan" and equation.params["reverse"]
-
-
-def _width(variable: Any) -> int:
-    return variable.aval.dtype.itemsize
-
-
-def _nbytes(variable: Any) -> int:
-    return variable.aval.size * variable.aval.dtype.itemsize
-
-
-def _sharding(x: Any) -> Any:
-    return getattr(x, "sharding", None)
-
-
-def _shard(x: Any) -> tuple[int, ...]:
-    return x.shape if _sharding(x) is None else x.sharding.shard_shape(x.shape)
-
-
-def _own(arrays: Any) -> int:
-    """The bytes that each device has."""
-    return sum(math.prod(_shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-
-
 def _device(state: Any) -> Any:
-    of = (_sharding(x) for x in jax.tree.leaves(state))
-    return next((min(s.device_set, key=lambda d: d.id) for s in of if s is not None), jax.devices()[0])
+    shardings = [x.sharding for x in jax.tree.leaves(state) if getattr(x, "sharding", None) is not None]
+    return min(shardings[0].device_set, key=lambda device: device.id) if shardings else jax.devices()[0]
 
 
 def _limit(device: Any) -> int | None:
