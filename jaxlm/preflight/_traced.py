@@ -70,8 +70,8 @@ def find(state: TrainState, jaxpr: Any, vocab: int | None) -> Arrays:
         streams,
         sum(_nbytes(e.outvars[0]) for scan in back for e in _products(_equations(scan.params["jaxpr"]))),
         math.prod(e.params["length"] for e in outer),
-        sum(_nbytes(x) for e in outer for x in e.outvars[: e.params["num_carry"]] if _matrices(x.aval.shape) in shapes),
-        sum(_nbytes(x) for e in back for x in e.outvars[e.params["num_carry"] :] if _matrices(x.aval.shape) in shapes),
+        sum(_nbytes(x) for e in outer for x in _carried(e) if _matrices(x.aval.shape) in shapes),
+        sum(_nbytes(x) for e in back for x in _stacked(e) if _matrices(x.aval.shape) in shapes),
         sum(_nbytes(e.outvars[0]) for e in used),
         min([x.dtype.itemsize for x in leaves] + [_width(e.outvars[0]) for e in used]) < 4,
         any(e.primitive.name == "all_gather" for scan in back for e in _equations(scan.params["jaxpr"])),
@@ -83,11 +83,10 @@ def _layers(jaxpr: Any) -> Iterator[tuple[int, int, int]]:
     scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
     needed = {id(x) for e in scans if _goes_back(e) for x in e.invars}
     for e in scans:
-        carry = e.params["num_carry"]
-        stacked = [x for x in e.outvars[carry:] if not e.params["reverse"] and id(x) in needed]
+        stacked = [x for x in _stacked(e) if not e.params["reverse"] and id(x) in needed]
         if kept := [x for x in stacked if x.aval.memory_space != jax.memory.Space.Host]:
             float32 = [x for x in kept if x.aval.dtype == jnp.float32]
-            streams = e.params["length"] * sum(map(_nbytes, e.outvars[:carry]))
+            streams = e.params["length"] * sum(map(_nbytes, _carried(e)))
             yield sum(map(_nbytes, kept)), sum(map(_nbytes, float32)), streams
     for e in jaxpr.eqns:
         for inner in _inner(e):
@@ -122,6 +121,16 @@ def _matrices(shape: tuple[int, ...]) -> tuple[int, ...]:
     """How many matrices, or vectors, an array holds, and their shape."""
     last = shape[-2:] if len(shape) > 2 else shape[-1:]
     return math.prod(shape) // max(1, math.prod(last)), *last
+
+
+def _carried(scan: Any) -> list[Any]:
+    """The results that a scan ends with; the others it stacks, with one axis more than in its body."""
+    results = zip(scan.outvars, next(_inner(scan)).outvars, strict=True)
+    return [x for x, inner in results if x.aval.ndim == inner.aval.ndim]
+
+
+def _stacked(scan: Any) -> list[Any]:
+    return scan.outvars[len(_carried(scan)) :]
 
 
 def _width(variable: Any) -> int:
