@@ -134,6 +134,26 @@ def test_only_what_applies_is_listed():
     assert "microbatches" not in names(memory(zero=0, rows=24))  # three rows on each device
 
 
+def test_layers_may_be_scanned_in_groups():
+    params = {"embed": jnp.zeros((64, D)), "layers": jnp.zeros((4, D, D))}
+
+    def two(x: jax.Array, pair: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(jnp.tanh(x @ pair[0]) @ pair[1]), None
+
+    def apply(params: Any, tokens: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(two, params["embed"][tokens], params["layers"].reshape(2, 2, D, D))
+        return x @ params["embed"].T
+
+    grad_fn = grads.accumulate(jax.value_and_grad(losses.next_token(apply), has_aux=True), 2)
+    optimizer = optim.adamw(1e-3)
+    batch = {"tokens": jnp.zeros((ROWS, LENGTH), jnp.int32)}
+    step = train.make_step(grad_fn, optimizer, KEY)
+    parts = preflight.memory(step, train.start(params, optimizer), [batch]).parts
+    assert parts["gradients"] == 4 * (64 * D + 4 * D * D) + 4 * 4 * D * D  # the sums, and the layers' of a microbatch
+    assert parts["logits and their gradient"] == 2 * 4 * ROWS // 2 * LENGTH * 64
+    assert parts["activations kept for the backward pass"] >= 4 * 4 * ROWS // 2 * LENGTH * D
+
+
 def test_the_most_demanding_batch_counts():
     step, state, batch = make(remat="full")
     small = {"tokens": jax.ShapeDtypeStruct((ROWS // 4, LENGTH), jnp.int32)}

@@ -39,7 +39,8 @@ def find(state: TrainState, jaxpr: Any, vocab: int | None) -> Arrays:
     """Reads a step's equations; the arguments are those of `memory`."""
     leaves = jax.tree.leaves(state.params)
     whole = {x.shape for x in leaves}
-    shapes = whole | {shard(x) for x in leaves}
+    # By the last axes alone, since a model may cut the axis of its layers, to scan over groups of them.
+    shapes = {_matrices(shape) for shape in whole | {shard(x) for x in leaves}}
     equations = list(_equations(jaxpr))
     scans = [e for e in equations if e.primitive.name == "scan"]
     back = [e for e in scans if _goes_back(e)]
@@ -59,7 +60,7 @@ def find(state: TrainState, jaxpr: Any, vocab: int | None) -> Arrays:
     # What comes after the last scan back is the optimizer's.
     last = max((i for i, e in enumerate(equations) if _goes_back(e)), default=len(equations))
     of_params = [e for e in equations[:last] if e.primitive.name in ("all_gather", "convert_element_type")]
-    made = [(e, e.outvars[0].aval) for e in of_params if e.outvars[0].aval.shape in shapes]
+    made = [(e, e.outvars[0].aval) for e in of_params if _matrices(e.outvars[0].aval.shape) in shapes]
     made = [(e, aval) for e, aval in made if jnp.issubdtype(aval.dtype, jnp.floating)]
     used = [e for e, aval in made if e.primitive.name == "all_gather" or aval.dtype.itemsize < _width(e.invars[0])]
     return Arrays(
@@ -69,8 +70,8 @@ def find(state: TrainState, jaxpr: Any, vocab: int | None) -> Arrays:
         streams,
         sum(_nbytes(e.outvars[0]) for scan in back for e in _products(_equations(scan.params["jaxpr"]))),
         math.prod(e.params["length"] for e in outer),
-        sum(_nbytes(x) for e in outer for x in e.outvars[: e.params["num_carry"]] if x.aval.shape in shapes),
-        sum(_nbytes(x) for e in back for x in e.outvars[e.params["num_carry"] :] if x.aval.shape in shapes),
+        sum(_nbytes(x) for e in outer for x in _carried(e) if _matrices(x.aval.shape) in shapes),
+        sum(_nbytes(x) for e in back for x in _stacked(e) if _matrices(x.aval.shape) in shapes),
         sum(_nbytes(e.outvars[0]) for e in used),
         min([x.dtype.itemsize for x in leaves] + [_width(e.outvars[0]) for e in used]) < 4,
         any(e.primitive.name == "all_gather" for scan in back for e in _equations(scan.params["jaxpr"])),
@@ -82,11 +83,10 @@ def _layers(jaxpr: Any) -> Iterator[tuple[int, int, int]]:
     scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
     needed = {id(x) for e in scans if _goes_back(e) for x in e.invars}
     for e in scans:
-        carry = e.params["num_carry"]
-        stacked = [x for x in e.outvars[carry:] if not e.params["reverse"] and id(x) in needed]
+        stacked = [x for x in _stacked(e) if not e.params["reverse"] and id(x) in needed]
         if kept := [x for x in stacked if x.aval.memory_space != jax.memory.Space.Host]:
             float32 = [x for x in kept if x.aval.dtype == jnp.float32]
-            streams = e.params["length"] * sum(map(_nbytes, e.outvars[:carry]))
+            streams = e.params["length"] * sum(map(_nbytes, _carried(e)))
             yield sum(map(_nbytes, kept)), sum(map(_nbytes, float32)), streams
     for e in jaxpr.eqns:
         for inner in _inner(e):
@@ -115,6 +115,22 @@ def _products(equations: Iterable[Any]) -> Iterator[Any]:
 
 def _goes_back(equation: Any) -> bool:
     return equation.primitive.name == "scan" and equation.params["reverse"]
+
+
+def _matrices(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many matrices, or vectors, an array holds, and their shape."""
+    last = shape[-2:] if len(shape) > 2 else shape[-1:]
+    return math.prod(shape) // max(1, math.prod(last)), *last
+
+
+def _carried(scan: Any) -> list[Any]:
+    """The results that a scan ends with; the others it stacks, with one axis more than in its body."""
+    results = zip(scan.outvars, next(_inner(scan)).outvars, strict=True)
+    return [x for x, inner in results if x.aval.ndim == inner.aval.ndim]
+
+
+def _stacked(scan: Any) -> list[Any]:
+    return scan.outvars[len(_carried(scan)) :]
 
 
 def _width(variable: Any) -> int:

@@ -66,10 +66,14 @@ def kept(wrap_layer: Any, layout: sharding.Layout | None = None) -> list[tuple[i
     grad_fn = grads.data_parallel(grad_fn, layout) if layout else grad_fn
     found: list[tuple[int, ...]] = []
 
+    def body(scan: Any) -> list[Any]:
+        return getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"]).outvars
+
     def walk(jaxpr: Any):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "scan" and not equation.params["reverse"]:
-                found.extend(x.aval.shape[1:] for x in equation.outvars[equation.params["num_carry"] :])
+                shapes = [(x.aval.shape, y.aval.shape) for x, y in zip(equation.outvars, body(equation), strict=True)]
+                found.extend(shape for whole, shape in shapes if whole == (CONFIG.layers, *shape))
             for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
                 if hasattr(inner, "eqns"):
                     walk(getattr(inner, "jaxpr", inner))
