@@ -14,11 +14,7 @@ MODEL: Final = "model"
 
 
 def mesh(
-    replica: int = 1,
-    data: int | tuple[int, ...] = -1,
-    model: int = 1,
-    *,
-    devices: Sequence[Any] | None = None,
+    replica: int = 1, data: int | tuple[int, ...] = -1, model: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh with the axes `replica`, `data` and `model`, neighbours along `model` being the closest.
 
