@@ -78,8 +78,8 @@ def data_parallel(
 
     As everything that a `GradFn` returns is a sum, the result is exactly that of the whole batch. Parameters come and
     gradients leave as the layout has them. Per step and divided parameter there is one all-gather, in `dtype`, and one
-    reduce-scatter, in float32; with stage 2 a reduce-scatter, with stage 3 all of that, in each microbatch. Where
-    `data` is several axes, each of these is one along each, on what is left. Whole parameters have one all-reduce.
+    reduce-scatter, in float32; with stage 2 a reduce-scatter, with stage 3 all of that, in each microbatch. Whole
+    parameters have one all-reduce. Where `data` is several axes, a gather or scatter is one along each of them in turn.
 
     Begin with a state that lies as `layout.state(optimizer)` says.
 
