@@ -90,13 +90,13 @@ def main(config: Config) -> None:
         specs = {str(spec): spec for plan in plans for spec in data.Batches(corpus, plan, 0).specs()}
         return train.compile_step(step, start(0), specs.values())
 
-    measured = data.Batches(corpus, data.bucket(lengths, [longest // 16, *rows], budget), MOST)
-    compiled, state, taken = compiled_for(measured.plan), start(0), dict[int, list[float]]()
-    for i in range(8 * len(rows)):
-        begun, batch = time.perf_counter(), measured[i]
+    measured = data.bucket(lengths, [longest // 16, *rows], budget)
+    compiled, state, taken = compiled_for(measured), start(0), dict[int, list[float]]()
+    for spec in 8 * data.Batches(corpus, measured, 0).specs():
+        batch, begun = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), spec), time.perf_counter()
         state = jax.block_until_ready(compiled(state, batch)[0])
         taken.setdefault(batch["tokens"].shape[1], []).append(time.perf_counter() - begun)
-    cost = data.row_cost({length: float(np.median(seconds)) for length, seconds in taken.items()}, budget)
+    cost = data.row_cost({length: float(np.median(seconds[1:])) for length, seconds in taken.items()}, budget)
     best = data.best_row_lengths(lengths, 4, multiple=longest // 32, longest=longest, cost=cost)
     a_third = config.seconds / 3 / float(cost(longest)) * longest  # of the tokens, or less, as shorter rows take less
     shorter_first = stages.length_warmup(rows, budget, max(int(a_third), len(rows) * budget))
