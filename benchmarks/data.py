@@ -108,7 +108,8 @@ class Planned:
         lengths, fresh = self.text.corpus.lengths, self.make(self.text.corpus.lengths)
         self.turns.take("plan", lambda: self.make(lengths, passes=1).count)
         self.turns.take("gather", lambda: [self.gather() for _ in range(self.passes)])
-        self.turns.take("iterate", lambda: [self.iterate() for _ in range(self.passes)])
+        with closing(data.iterate(self.batches)) as iterator:
+            self.turns.take("iterate", lambda: [self.iterate(iterator) for _ in range(self.passes)])
         with contextlib.ExitStack() as stack:
 
             def first() -> None:
@@ -122,11 +123,11 @@ class Planned:
         for _ in self.batches:
             pass
 
-    def iterate(self) -> None:
-        """Has a thread gather them."""
-        with closing(data.iterate(self.batches)) as iterator:
-            for _ in iterator:
-                pass
+    def iterate(self, iterator: grain.DatasetIterator[Any]) -> None:
+        """Has its thread gather them."""
+        iterator.set_state({"next_index": 0})
+        for _ in iterator:
+            pass
 
     def seconds_per_token(self) -> list[float]:
         """From lengths to batches, round by round."""
