@@ -62,6 +62,24 @@ def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
     return accumulated
 
 
+def leaf_norms(grad_fn: GradFn) -> GradFn:
+    """Adds the L2 norm of each leaf's gradient to the metrics, as `norm/` with the leaf's name.
+
+    They are of the sums, as all that a gradient function returns, so a step's division makes them the mean's. It is
+    meant to be outermost, around `data_parallel` and `accumulate`: norms don't add up.
+    """
+
+    @wraps(grad_fn)
+    def with_norms(
+        params: Params, batch: Batch, key: jax.Array, *loss_scale: jax.Array
+    ) -> tuple[tuple[jax.Array, Aux], Params]:
+        (loss_sum, aux), grads = grad_fn(params, batch, key, *loss_scale)
+        norms = {f"norm/{name}": tree.norm(leaf) for name, leaf in tree.named_leaves(grads).items()}
+        return (loss_sum, Aux(aux.weight_sum, {**aux.metrics, **norms})), grads
+
+    return with_norms
+
+
 def takes_loss_scale(function: Callable[..., Any]) -> bool:
     """Whether a loss or gradient function takes a fourth argument, as what `precision.scale_loss` makes does."""
     try:

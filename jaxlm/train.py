@@ -1,6 +1,7 @@
 """From a gradient function and an optimizer to a step, and from a step to a loop."""
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -102,37 +103,57 @@ def compile_step(
     return compile_for(step, state, batches, donate=True)
 
 
-def fit(step: Step, state: TrainState, batches: Iterable[Batch]) -> Iterator[tuple[TrainState, Metrics]]:
+def fit(
+    step: Step, state: TrainState, batches: Iterable[Batch], *, patience: int = 20
+) -> Iterator[tuple[TrainState, Metrics]]:
     """Yields the state and the metrics after each batch.
 
     The state is donated: `fit` owns the one passed in, and one that it has yielded is valid until the next is asked
-    for. Nothing here waits for a step to end; reading a metric does. Where the loss is scaled, the scale
-    is read one step late, while the next step is under way, to see whether the run can go on.
+    for. Nothing here waits for the step that has just begun; the metrics of the one before are looked at while it is
+    under way, so the device always has something to do.
 
     Args:
         step: a step, to be jitted here, or a compiled one.
         state: what `start` returned, or a restored one.
         batches: an iterator of batches, on host or device; the loop ends with it.
+        patience: after how many steps in a row whose loss or gradient isn't finite to give up. What becomes of the
+            parameters meanwhile is the optimizer's: see `optim.skip_nonfinite`.
 
     Raises:
-        FloatingPointError: gradients overflow at the smallest loss scale again and again.
+        FloatingPointError: that many steps weren't finite, or gradients overflow at the smallest loss scale again and
+            again. It names the steps; the batch of step n is that with the index n - 1.
+        ValueError: `patience` is below 1.
     """
+    if patience < 1:
+        raise ValueError(f"fit: patience is {patience}; use 1 or more")
     run = step if isinstance(step, Compiled) else donating(step, state)
-    before: Metrics = {}
+    taken, in_a_row, before = int(state.step), 0, Metrics()
     for batch in batches:
         state, metrics = run(state, batch)
-        _check_scale(before)
-        before = metrics
+        in_a_row = _check_finite(before, taken, in_a_row, patience)
+        taken, before = taken + 1, metrics
         yield state, metrics
-    _check_scale(before)
+    _check_finite(before, taken, in_a_row, patience)
 
 
-def _check_scale(metrics: Metrics) -> None:
+def _check_finite(metrics: Metrics, step: int, in_a_row: int, patience: int) -> int:
+    """How many steps in a row weren't finite, up to this one, whose metrics these are."""
     if "loss_scale" in metrics and metrics["loss_scale"] == 0:
         raise FloatingPointError(
             f"fit: gradients overflow float16 even at the smallest loss scale, and {metrics['skipped']} steps were "
             "skipped; look for NaN in parameters and data, lower the learning rate, or compute in bfloat16"
         )
+    looked_at = jax.device_get([metrics[name] for name in ("loss", "grad_norm") if name in metrics])
+    if all(map(math.isfinite, looked_at)):
+        return 0
+    first, in_a_row = step - in_a_row, in_a_row + 1
+    if in_a_row == patience:
+        raise FloatingPointError(
+            f"fit: the loss or gradient of steps {first} to {step} isn't finite; their batches have the indices "
+            f"{first - 1} to {step - 1}. Look at these, take step {first} again under jax.debug_nans, or lower the "
+            "learning rate; a few such steps, optim.skip_nonfinite leaves out"
+        )
+    return in_a_row
 
 
 @contextlib.contextmanager

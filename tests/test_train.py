@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from jaxlm.grads import data_parallel
+from jaxlm.grads import accumulate, data_parallel, leaf_norms
 from jaxlm.losses import next_token
 from jaxlm.models import functional
+from jaxlm.optim import skip_nonfinite
 from jaxlm.sharding import by_rows, lay_out, mesh, replicated
 from jaxlm.train import compile_step, fit, make_step, start, stop_signals
 from jaxlm.types import Aux, Batch, Params, TrainState
@@ -227,6 +228,58 @@ def test_any_kind_of_model_learns(model: Callable[[], tuple[Params, Callable[...
     losses = [float(metrics["loss"]) for _, metrics in fit(step, start(params, optimizer), batches)]
     assert losses[0] > 0.7 * np.log(VOCAB)
     assert losses[-1] < 0.05
+
+
+def with_nan_in(batches: list[dict[str, np.ndarray]], *indices: int) -> list[dict[str, np.ndarray]]:
+    """In a single element of each of these batches."""
+    for index in indices:
+        batches[index]["y"][1] = np.nan
+    return batches
+
+
+def test_a_run_stops_once_so_many_steps_in_a_row_are_not_finite_and_names_them():
+    optimizer = skip_nonfinite(optax.sgd(0.01))
+    step, taken = make_step(grads_of_squares, optimizer, KEY), list[int]()
+    batches = with_nan_in(linear_batches(12), 2, 3, 6, 7, 8, 9)  # twice is bearable, three times isn't
+
+    def run() -> None:
+        for state, _ in fit(step, start(linear_params(), optimizer), batches, patience=3):
+            taken.append(int(state.step))
+            assert np.isfinite(state.params["w"]).all()
+
+    with pytest.raises(FloatingPointError, match=r"steps 7 to 9 isn't finite; .* indices 6 to 8\. .* step 7 again"):
+        run()
+    with pytest.raises(FloatingPointError, match="steps 3 to 4"):
+        list(fit(step, start(linear_params(), optimizer), batches[:4], patience=2))  # also if it is the last
+    resumed = start(linear_params(), optimizer)._replace(step=jnp.asarray(40, jnp.int32))
+    with pytest.raises(FloatingPointError, match=r"steps 43 to 44 .* indices 42 to 43"):
+        list(fit(step, resumed, batches, patience=2))
+    with pytest.raises(ValueError, match="patience is 0"):
+        next(fit(step, resumed, [], patience=0))
+
+
+def test_without_a_guard_the_first_step_that_was_not_finite_is_named():
+    step = make_step(grads_of_squares, optax.sgd(0.01), KEY)
+    with pytest.raises(FloatingPointError, match="steps 2 to 5"):
+        list(fit(step, start(linear_params(), optax.sgd(0.01)), with_nan_in(linear_batches(9), 1), patience=4))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_norms_of_leaves_are_those_of_the_mean_gradient(microbatches: int):
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
+        loss, aux = squares({"w": params["w"] + params["b"]}, batch, key)
+        return loss, aux
+
+    params, batch = linear_params() | {"b": jnp.ones(())}, {"tokens": np.zeros((4, 1), int), **linear_batches(1)[0]}
+    grad_fn = accumulate(jax.value_and_grad(loss_fn, has_aux=True), microbatches)
+    (_, aux), grads = grad_fn(params, batch, KEY)
+    step = make_step(leaf_norms(grad_fn), optax.sgd(0.01), KEY)
+    _, metrics = step(start(params, optax.sgd(0.01)), batch)
+    for name in ("w", "b"):
+        norm = np.linalg.norm(np.asarray(grads[name], np.float64) / float(aux.weight_sum))
+        np.testing.assert_allclose(metrics[f"norm/{name}"], norm, rtol=1e-6)
+    together = np.sqrt(sum(float(metrics[f"norm/{name}"]) ** 2 for name in ("w", "b")))
+    np.testing.assert_allclose(metrics["grad_norm"], together, rtol=1e-6)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class TransformerConfig:
     norm_epsilon: float = 1e-6
     windows: Sequence[int | None] | None = None
     """How many keys each layer sees, from the query's own on back, repeated over the layers: with (256, 256, None)
-    every third layer sees all. None: all do."""
+    every third layer sees all. None: all do. With several, rematerialized layers keep a copy of their parameters."""
     softcap: int | float | None = None
     """Attention's scores x become `softcap * tanh(x / softcap)`, as in Gemma 2; None: they don't."""
 
