@@ -16,10 +16,10 @@ class Compiled:
     programs: Mapping[str, Callable[[Any, Batch], Any]]
 
     def __call__(self, first: Any, batch: Batch, /) -> Any:
-        program = self.programs.get(_signature(batch))
+        program = self.programs.get(signature(batch))
         if program is None:
             raise ValueError(
-                f"nothing was compiled for a batch of {_signature(batch)}, only for {sorted(self.programs)}"
+                f"nothing was compiled for a batch of {signature(batch)}, only for {sorted(self.programs)}"
             )
         return program(first, batch)
 
@@ -40,7 +40,7 @@ def compile_for(
         donate: let the results overwrite `first`; the first of two is like it, and comes to lie on devices as it does.
     """
     jitted = donating(function, first) if donate else jax.jit(function)
-    return Compiled({_signature(batch): jitted.lower(first, batch).compile() for batch in batches})
+    return Compiled({signature(batch): jitted.lower(first, batch).compile() for batch in batches})
 
 
 def donating(function: Callable[[Any, Batch], Any], first: Any) -> Any:
@@ -49,7 +49,7 @@ def donating(function: Callable[[Any, Batch], Any], first: Any) -> Any:
     return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _signature(batch: Batch) -> str:
+def signature(batch: Batch) -> str:
     """What programs are told apart by, and what a message shows: `lengths int32[16], tokens uint16[16,256]`."""
     return ", ".join(
         f"{name} {x}" if isinstance(x, Static) else f"{name} {x.dtype.name}{list(x.shape)}"

@@ -25,7 +25,7 @@ LAYERS = [
         "sharding",
         "distributed",
     ],
-    ["train", "preflight", "range_test", "evaluate", "checkpoint", "metrics", "generate", "report"],
+    ["train", "watchdog", "preflight", "range_test", "evaluate", "checkpoint", "metrics", "generate", "report"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 WITHIN_A_LAYER = {

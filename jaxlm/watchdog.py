@@ -1,0 +1,115 @@
+"""Ends a process that makes no progress any more, and says where it was.
+
+A second process watches: in the one that hangs no thread can be relied on, since one that keeps Python's lock stops all
+others.
+"""
+
+import contextlib
+import faulthandler
+import os
+import subprocess
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import final
+
+from jaxlm.compiled import signature
+from jaxlm.types import Batch
+
+# Runs alone, in a Python that imports nothing else. It ends with the process that it watches, whose end of the pipe
+# closes then. A select that returns far too late was itself stopped (Ctrl-Z, a machine asleep): time begins anew.
+WATCH = """
+import os, select, signal, sys, time
+for number in signal.SIGINT, signal.SIGTERM:  # which reach the whole group, and are for the process that it watches
+    signal.signal(number, signal.SIG_IGN)
+process, limit, stacks, last, since = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], "", time.monotonic()
+while True:
+    began = time.monotonic()
+    wait = max(0.0, since + limit - began)
+    ready = select.select([0], [], [], wait)[0]
+    if time.monotonic() - began > wait + 5:
+        since = time.monotonic()
+    elif ready:
+        said = os.read(0, 65536)
+        if not said:
+            break
+        last, since = said.decode().splitlines()[-1], time.monotonic()
+    else:
+        print(f"watchdog: process {process} made no progress for {limit:g} s, since it was {last}. It is ended by "
+              f"SIGABRT (exit code 134: start it again); where its threads were is in {stacks}", file=sys.stderr,
+              flush=True)
+        os.kill(process, signal.SIGABRT)
+        if not select.select([0], [], [], 5)[0]:
+            os.kill(process, signal.SIGKILL)
+        break
+"""
+
+
+@final
+class Watchdog:
+    """What a process says its progress to."""
+
+    def __init__(self, pipe: int):
+        self._pipe = pipe
+
+    def __call__(self, doing: str) -> None:
+        """Says what the process is doing from now on, as in "saving step 100"; takes microseconds."""
+        with contextlib.suppress(OSError):  # the watching process was killed, or is stopped
+            os.write(self._pipe, doing.replace("\n", " ").encode()[:4000] + b"\n")
+
+    def batches(self, batches: Iterable[Batch], start: int = 0) -> Iterator[Batch]:
+        """Yields batches for `train.fit`, and tells the waiting for one from the step that takes it.
+
+        Args:
+            batches: what to yield.
+            start: the index of the first of them.
+        """
+        iterator, index = iter(batches), start
+        while True:
+            # `fit` has looked at the step's metrics before the last one's before it asks for a batch.
+            finished = f" (step {index - 1} has finished)" if index > start + 1 else ""
+            self(f"waiting for batch {index}{finished}")
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self(f"taking step {index + 1}{finished} on batch {index}, {signature(batch)}")
+            yield batch
+            index += 1
+
+
+@contextlib.contextmanager
+def watching(folder: str | os.PathLike[str], *, seconds: float | int) -> Generator[Watchdog]:
+    """Ends this process by SIGABRT, and if that fails by SIGKILL, when it says nothing for so long.
+
+    It then names the last thing said, on stderr, and writes the stacks of all threads to `stacks.txt`, as it does for
+    a SIGSEGV or an abort of JAX's (faulthandler). Of a run of several processes the others then leave: see
+    `distributed.leaving_together`.
+
+    Args:
+        folder: where `stacks.txt` is to be; each process needs its own.
+        seconds: longer than anything that happens between two things said.
+
+    Raises:
+        ValueError: `seconds` isn't above 0.
+    """
+    if not seconds > 0:
+        raise ValueError(f"watching: seconds is {seconds}; use a number above 0")
+    path = Path(folder) / "stacks.txt"
+    with path.open("w") as stacks:
+        faulthandler.enable(stacks)
+        watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)],
+            stdin=subprocess.PIPE,
+        )
+        assert watcher.stdin is not None
+        try:
+            os.set_blocking(watcher.stdin.fileno(), False)
+            watchdog = Watchdog(watcher.stdin.fileno())
+            watchdog("starting")
+            yield watchdog
+        finally:
+            watcher.stdin.close()
+            watcher.wait()
+            faulthandler.disable()
+    path.unlink()
