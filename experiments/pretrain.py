@@ -113,7 +113,7 @@ def main(config: Config) -> None:
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint}
     to, rates = folder if first else None, np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
-    with checkpoint.Checkpoints(folder / "checkpoints", about) as checkpoints, train.stop_signals() as stop:
+    with checkpoint.Checkpoints(folder / "checkpoints", about) as checkpoints, distributed.stop_signals() as stop:
         state = checkpoints.restore(state) or state
         done = int(state.step)
         glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}

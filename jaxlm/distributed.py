@@ -1,12 +1,14 @@
-"""One run of several processes: they join, agree on what to do, and leave together when one is lost.
+"""One run of several processes: they join, agree on what to do, stop at the same step, leave together if one is lost.
 
 JAX asks nobody who connects for a password: keep the ports of a run inside a network that you trust.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -186,6 +188,59 @@ def leaving_together() -> Generator[None]:
     finally:
         done.set()
         listener.join()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Generator[Callable[[], bool]]:
+    """Holds back SIGINT (Ctrl-C) and SIGTERM, so that a loop can stop between two steps.
+
+    In a run of several processes a signal to any of them stops all before the same step, a second or two later.
+
+    Yields:
+        A function that tells whether to stop. In a run of several, all must call it once before each step. A second
+        signal is not held back, but for SIGTERM in a run of several.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        came.append(number)
+        restore()
+
+    def pass_on(number: int, frame: Any) -> None:
+        del frame
+        signal.signal(number, before[signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        if jax.process_count() == 1:
+            for number in before:
+                signal.signal(number, note)
+            yield lambda: bool(came)
+        else:
+            agreed = _agreed_stop()
+            signal.signal(signal.SIGINT, pass_on)
+            yield agreed
+    finally:
+        restore()
+
+
+def _agreed_stop() -> Callable[[], bool]:
+    """Whether all are at the call before which they have agreed to stop, since one of them has got SIGTERM.
+
+    JAX catches that in C, and agrees with the others in threads of its own on the largest number of calls, plus one.
+    """
+    state, calls = _coordination(), itertools.count()
+    if state.preemption_sync_manager is None:
+        config: Any = jax.config
+        config.update("jax_enable_preemption_service", True)
+        state.initialize_preemption_sync_manager()
+    return lambda: state.preemption_sync_manager.reached_sync_point(next(calls))
 
 
 def _listen(done: threading.Event) -> None:

@@ -1,12 +1,9 @@
 """From a gradient function and an optimizer to a step, and from a step to a loop."""
 
-import contextlib
 import math
 import os
-import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,36 +151,3 @@ def _check_finite(metrics: Metrics, step: int, in_a_row: int, patience: int) -> 
             "learning rate; a few such steps, optim.skip_nonfinite leaves out"
         )
     return in_a_row
-
-
-@contextlib.contextmanager
-def stop_signals(*signals: signal.Signals) -> Generator[Callable[[], bool]]:
-    """Holds back signals that would end the process, so that a loop can stop between two steps.
-
-    In a run of several processes it doesn't: they would stop at different steps, and wait for each other.
-
-    Args:
-        signals: which; without any, SIGINT (Ctrl-C) and SIGTERM.
-
-    Yields:
-        A function that tells whether one has come. A second one is not held back.
-    """
-    came: list[int] = []
-    signals = signals or (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: Any) -> None:
-        del frame
-        came.append(number)
-        restore()
-
-    for number in signals:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        restore()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,20 @@ def job_endless(coordinator: str, processes: str, process: str) -> None:
             sum_of_devices()
             print("a step", flush=True)
             time.sleep(0.05)
+
+
+def job_stopping(coordinator: str, processes: str, process: str) -> None:
+    """Steps of very different pace, so that without agreement they would stop at different ones."""
+    distributed.start((coordinator, int(processes), int(process)))
+    with distributed.leaving_together(), distributed.stop_signals() as stop:
+        taken = 0
+        while not stop():
+            if taken % 2 == 0:
+                sum_of_devices()
+            time.sleep(0.02 * int(process))
+            taken += 1
+            print("a step", flush=True)
+        print("stopped after", taken)
 
 
 def job_found() -> None:
@@ -314,6 +329,58 @@ def test_alone_nothing_changes(started: list[dict[str, Any]]) -> None:
     assert distributed.by_first(lambda: "made") == "made"
     with pytest.raises(OSError, match="the disk is full"), distributed.leaving_together():
         fail()
+
+
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_to_one_process_stops_all_before_the_same_step(
+    number: signal.Signals, victim: int, tmp_path: Path
+) -> None:
+    with several(3, "stopping", tmp_path) as running:
+        for one in running:
+            one.wait_for("a step\n" * 3)
+        running[victim].process.send_signal(number)
+        ended = [one.end() for one in running]
+    assert [one.code for one in ended] == [0, 0, 0], ended
+    stops = {one.stdout.splitlines()[-1] for one in ended}
+    assert len(stops) == 1
+    assert "stopped after" in stops.pop()
+
+
+@pytest.fixture
+def came() -> Iterator[list[int]]:
+    """Which signals have come through to the handlers that were there before."""
+    numbers: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: numbers.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_held_back_and_the_second_is_not(number: signal.Signals, came: list[int]):
+    with distributed.stop_signals() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), number)
+        assert stopped()
+        assert came == []
+        os.kill(os.getpid(), number)
+        assert came == [number]
+
+
+@pytest.mark.parametrize("signals", [0, 1, 2])
+def test_handlers_are_restored_also_after_an_exception(signals: int, came: list[int]):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def stop() -> None:
+        with distributed.stop_signals():
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stop()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(came) == max(signals - 1, 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -147,6 +148,38 @@ def test_two_processes_with_four_devices_each_have_the_curve_of_one_device(
     check_same_run(tmp_path / "runs" / "pretrain", straight)
 
 
+def wait_for_step_12(run: Path, running: Sequence[Running]) -> None:
+    """Until it is written, and the checkpoint of step 10 whole."""
+    deadline = time.monotonic() + PATIENCE
+    while not ((run / "checkpoints/10/commit_success.txt").exists() and len(lines(run / "metrics.jsonl")) > 12):
+        assert all(one.process.poll() is None for one in running), [one.err.read_text() for one in running]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_the_same_step_in_all_and_none_is_lost(text: Path, tmp_path: Path) -> None:
+    steps = "--steps=1000"  # of which few are taken before the signal
+    run = tmp_path / "runs" / "pretrain"
+    with started([tmp_path] * 2, text, steps, devices=2) as running:
+        wait_for_step_12(run, running)
+        running[1].process.terminate()
+        said = [one.end(75)[0] for one in running]
+    stopped = {re.findall(r"Stopped after step (\d+) and saved", out)[0] for out in said}
+    assert len(stopped) == 1
+    saved = int(stopped.pop())
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, saved + 1))
+    assert (run / "checkpoints" / str(saved) / "commit_success.txt").exists()
+    with started([tmp_path], text, steps, devices=2) as (alone,):
+        deadline = time.monotonic() + PATIENCE
+        while len(lines(run / "metrics.jsonl")) < saved + 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        alone.process.terminate()
+        alone.end(75)
+    assert [line["step"] for line in lines(run / "metrics.jsonl")][: saved + 5] == list(range(1, saved + 6))
+
+
 @pytest.mark.slow
 def test_when_one_of_four_is_killed_the_others_leave_and_any_number_of_devices_goes_on(
     straight: Path, text: Path, tmp_path: Path
@@ -155,11 +188,7 @@ def test_when_one_of_four_is_killed_the_others_leave_and_any_number_of_devices_g
     killed.mkdir()
     run = killed / "runs" / "pretrain"
     with started([killed] * 4, text, devices=2) as running:
-        deadline = time.monotonic() + PATIENCE
-        while not ((run / "checkpoints/10/commit_success.txt").exists() and len(lines(run / "metrics.jsonl")) > 12):
-            assert all(one.process.poll() is None for one in running), [one.err.read_text() for one in running]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_step_12(run, running)
         running[2].process.kill()
         deadline = time.monotonic() + HEARTBEAT + 15
         for one in (running[0], running[1], running[3]):

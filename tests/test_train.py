@@ -1,5 +1,3 @@
-import os
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +13,7 @@ from jaxlm.losses import next_token
 from jaxlm.models import functional
 from jaxlm.optim import skip_nonfinite
 from jaxlm.sharding import by_rows, lay_out, mesh, replicated
-from jaxlm.train import compile_step, fit, make_step, start, stop_signals
+from jaxlm.train import compile_step, fit, make_step, start
 from jaxlm.types import Aux, Batch, Params, TrainState
 
 KEY = jax.random.key(0)
@@ -280,46 +278,3 @@ def test_norms_of_leaves_are_those_of_the_mean_gradient(microbatches: int):
         np.testing.assert_allclose(metrics[f"norm/{name}"], norm, rtol=1e-6)
     together = np.sqrt(sum(float(metrics[f"norm/{name}"]) ** 2 for name in ("w", "b")))
     np.testing.assert_allclose(metrics["grad_norm"], together, rtol=1e-6)
-
-
-@pytest.fixture
-def came() -> Iterator[list[int]]:
-    """Which signals have come through to the handlers that were there before."""
-    numbers: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: numbers.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield numbers
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_held_back_and_the_second_is_not(number: signal.Signals, came: list[int]):
-    with stop_signals() as stopped:
-        assert not stopped()
-        os.kill(os.getpid(), number)
-        assert stopped()
-        assert came == []
-        os.kill(os.getpid(), number)
-        assert came == [number]
-
-
-def test_only_the_named_signals_are_held_back(came: list[int]):
-    with stop_signals(signal.SIGINT) as stopped:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (came, stopped()) == ([signal.SIGTERM], False)
-
-
-@pytest.mark.parametrize("signals", [0, 1, 2])
-def test_handlers_are_restored_also_after_an_exception(signals: int, came: list[int]):
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-
-    def stop() -> None:
-        with stop_signals():
-            for _ in range(signals):
-                os.kill(os.getpid(), signal.SIGINT)
-            raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError, match="stopped"):
-        stop()
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert len(came) == max(signals - 1, 0)
