@@ -14,7 +14,7 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "experiments" / "launch").iterdir())
+FILES = sorted(file for file in (ROOT / "experiments" / "launch").iterdir() if file.suffix != ".py")
 SCRIPTS = [file for file in FILES if file.suffix == ".sh"]
 # SLURM's own, of which JAX's detection has no need.
 NOT_FOR_JAX = {"SLURM_RESTART_COUNT", "SLURM_STEP_NUM_TASKS"}

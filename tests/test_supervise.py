@@ -1,0 +1,77 @@
+"""A run is started again when that can help, and only then."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "launch" / "supervise.py"
+# Ends as its arguments say, one after another; `N:saves` with a new checkpoint.
+JOB = """
+import os, pathlib, signal, sys, time
+run, *ends = sys.argv[1:]
+run = pathlib.Path(run)
+starts = len(list(run.glob("start-*")))
+(run / f"start-{starts}").touch()
+end, _, saves = ends[min(starts, len(ends) - 1)].partition(":")
+if saves:
+    step = run / "checkpoints" / str(100 * (starts + 1))
+    step.mkdir(parents=True)
+    (step / "commit_success.txt").touch()
+if end == "waits":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    while True:
+        time.sleep(0.01)
+if end.startswith("-"):
+    os.kill(os.getpid(), -int(end))
+sys.exit(int(end))
+"""
+
+
+def supervise(run: Path, *ends: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), str(run), "--", sys.executable, "-c", JOB, str(run), *ends]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "starts"),
+    [
+        (["0"], 0, 1),
+        (["1"], 1, 1),
+        (["75:saves", "-9:saves", "-6:saves", "137:saves", "0"], 0, 5),
+        (["75:saves", "2"], 2, 2),
+        (["75"], 75, 3),
+        (["-9:saves", "-9"], 137, 4),
+    ],
+    ids=["done", "failed", "killed four times", "failed later", "never saves", "no longer saves"],
+)
+def test_a_run_is_started_again_as_long_as_it_gets_on(ends: list[str], code: int, starts: int, tmp_path: Path) -> None:
+    process = supervise(tmp_path, *ends)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert len(list(tmp_path.glob("start-*"))) == starts, stderr
+    assert stderr.count("started again in") == starts - 1
+    assert ("without a new checkpoint" in stderr) == (code in (75, 137))
+
+
+def test_a_signal_is_passed_on_and_nothing_is_started_again(tmp_path: Path) -> None:
+    process = supervise(tmp_path, "waits")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "start-0").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)  # for its handler
+    os.kill(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75, stderr
+    assert len(list(tmp_path.glob("start-*"))) == 1
+
+
+def test_without_a_command_it_says_how_it_is_used() -> None:
+    process = subprocess.run([sys.executable, SCRIPT, "run"], capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert "usage: supervise.py RUN_FOLDER -- COMMAND" in process.stderr
