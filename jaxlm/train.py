@@ -1,12 +1,14 @@
 """From a gradient function and an optimizer to a step, and from a step to a loop."""
 
+import collections
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlm import tree
@@ -151,3 +153,58 @@ def _check_finite(metrics: Metrics, step: int, in_a_row: int, patience: int) -> 
             "learning rate; a few such steps, optim.skip_nonfinite leaves out"
         )
     return in_a_row
+
+
+class LossSpikeError(Exception):
+    """A loss far above the ones before it."""
+
+    def __init__(self, step: int, loss: float, recent: Sequence[float]):
+        super().__init__(
+            f"the loss of step {step} is {loss:.4g}; that of the {len(recent)} steps before is {np.mean(recent):.4g} "
+            f"with a standard deviation of {np.std(recent):.2g}"
+        )
+        self.step = step
+
+
+def stop_at_spikes(
+    taken: Iterator[tuple[TrainState, Metrics]],
+    start: int,
+    *,
+    before: Iterable[float] = (),
+    deviations: float | int = 6,
+    window: int = 128,
+) -> Iterator[tuple[TrainState, Metrics]]:
+    """Yields what `fit` does, until a loss is more than so many standard deviations above the mean of the last ones.
+
+    What PaLM did then (https://arxiv.org/abs/2204.02311, section 5.1): go back to a checkpoint about 100 steps before,
+    and leave out 200 to 500 batches, by `data.Batches(skip=...)`. Losses are looked at a step late, as `fit` does.
+
+    Args:
+        taken: what `fit` returns.
+        start: the number of steps taken before the first of them.
+        before: losses of earlier steps, the last one last, so that an interrupted run finds what a straight one does.
+        deviations: how many.
+        window: how many losses to compare with; with fewer, early in a run, nothing is a spike. Only finite ones enter.
+
+    Raises:
+        LossSpikeError: there was one, or a loss that isn't finite. It knows the `step`.
+        ValueError: `deviations` isn't above 0, or the window is less than 2.
+    """
+    if not deviations > 0 or window < 2:
+        raise ValueError(f"stop_at_spikes: {deviations} deviations in a window of {window}; use above 0, 2 or more")
+    recent = collections.deque(filter(math.isfinite, before), maxlen=window)
+
+    def check(step: int, loss: float) -> None:
+        if len(recent) == window and not loss <= np.mean(recent) + deviations * np.std(recent):
+            raise LossSpikeError(step, loss, recent)
+        if math.isfinite(loss):
+            recent.append(loss)
+
+    last: jax.Array | None = None
+    for start, (state, metrics) in enumerate(taken, start):
+        if last is not None:
+            check(start, float(last))
+        last = metrics["loss"]
+        yield state, metrics
+    if last is not None:
+        check(start + 1, float(last))

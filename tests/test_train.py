@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxlm.losses import next_token
 from jaxlm.models import functional
 from jaxlm.optim import skip_nonfinite
 from jaxlm.sharding import by_rows, lay_out, mesh, replicated
-from jaxlm.train import compile_step, fit, make_step, start
+from jaxlm.train import LossSpikeError, compile_step, fit, make_step, start, stop_at_spikes
 from jaxlm.types import Aux, Batch, Params, TrainState
 
 KEY = jax.random.key(0)
@@ -278,3 +278,39 @@ def test_norms_of_leaves_are_those_of_the_mean_gradient(microbatches: int):
         np.testing.assert_allclose(metrics[f"norm/{name}"], norm, rtol=1e-6)
     together = np.sqrt(sum(float(metrics[f"norm/{name}"]) ** 2 for name in ("w", "b")))
     np.testing.assert_allclose(metrics["grad_norm"], together, rtol=1e-6)
+
+
+def outcomes(losses: Sequence[float]) -> Iterator[tuple[TrainState, Any]]:
+    """What `fit` would yield."""
+    for loss in losses:
+        yield TrainState(jnp.zeros(()), None, None), {"loss": jnp.asarray(loss)}
+
+
+def spike_in(losses: Sequence[float], start: int = 0, **options: Any) -> int | None:
+    """The step that is found to be one."""
+    try:
+        for _ in stop_at_spikes(outcomes(losses), start, window=20, **options):
+            pass
+    except LossSpikeError as spike:
+        return spike.step
+    return None
+
+
+def test_a_loss_far_above_the_last_ones_is_a_spike_and_is_named():
+    losses = (3 + 0.1 * np.random.default_rng(0).standard_normal(60)).tolist()
+    assert spike_in(losses) is None
+    for i in (20, 40, 59):
+        assert spike_in([*losses[:i], 5.0, *losses[i + 1 :]]) == i + 1
+        assert spike_in([*losses[:i], np.nan, *losses[i + 1 :]]) == i + 1
+    assert spike_in([*losses[:19], 5.0, *losses[20:]]) is None  # not enough of them to compare with
+    assert spike_in([*losses[:30], 3.5, *losses[31:]], deviations=2) == 31
+    # A run that goes on finds what a straight one does.
+    assert spike_in([*losses[45:50], 5.0], 45, before=[*losses[:3], np.nan, *losses[3:45]]) == 51
+    with pytest.raises(LossSpikeError, match=r"step 31 is 9; that of the 20 steps before is 2\.978 with a standard"):
+        list(stop_at_spikes(outcomes([*losses[:30], 9.0]), 0, window=20))
+
+
+@pytest.mark.parametrize("options", [{"deviations": 0}, {"window": 1}], ids=str)
+def test_spikes_of_nothing_are_refused(options: dict[str, Any]):
+    with pytest.raises(ValueError, match="use above 0, 2 or more"):
+        next(stop_at_spikes(outcomes([]), 0, **options))

@@ -40,6 +40,8 @@ class Batches:
     """How many batches there are; None: all of the plan's."""
     augment: Sequence[Augment] = ()
     """What changes rows, one after another; its randomness depends on nothing but plan, batch and row."""
+    skip: Sequence[tuple[int, int]] = ()
+    """Ranges `(begin, end)` of the plan's batches to leave out; what follows moves up. See `train.stop_at_spikes`."""
     share: tuple[Sequence[int], int] = ((0,), 1)
     """(parts, n): of each batch only these of n equal parts of its rows: a process its own, by `sharding.share`."""
 
@@ -47,8 +49,13 @@ class Batches:
         ends = self.plan.count
         if self.count is None and ends is None:
             raise ValueError("Batches: the plan is endless; give a count")
-        if self.count is not None and (self.count < 0 or (ends is not None and self.count > ends)):
-            raise ValueError(f"Batches: the count is {self.count}; the plan has {ends or 'no end of'} batches")
+        if any(
+            not end > begin >= after for (begin, end), (_, after) in zip(self.skip, [(0, 0), *self.skip], strict=False)
+        ):
+            raise ValueError(f"Batches: skip is {self.skip}; give ranges (begin, end) in order, none within another")
+        left = None if ends is None else ends - sum(end - begin for begin, end in self.skip)
+        if self.count is not None and (self.count < 0 or (left is not None and self.count > left)):
+            raise ValueError(f"Batches: the count is {self.count}; the plan has {left or 'no end of'} batches")
         if list(self.share[0]) != sorted(set(self.share[0]) & set(range(self.share[1]))) or not self.share[0]:
             raise ValueError(f"Batches: no parts {self.share[0]} of {self.share[1]}; count from 0, in order")
         if list(self.plan.documents) != list(self._corpora):
@@ -69,9 +76,10 @@ class Batches:
                 raise ValueError(f"Batches: the plan needs {end} tokens and {corpus.path} has {len(corpus.tokens)}")
 
     def __len__(self) -> int:
-        count = self.plan.count if self.count is None else self.count
-        assert count is not None
-        return count
+        if self.count is not None:
+            return self.count
+        assert self.plan.count is not None
+        return self.plan.count - sum(end - begin for begin, end in self.skip)
 
     def __iter__(self) -> Iterator[HostBatch]:
         return (self[index] for index in range(len(self)))
@@ -84,7 +92,7 @@ class Batches:
 
     @property
     def fingerprint(self) -> str:
-        """Differs if any batch does."""
+        """Differs if any batch does, whichever are skipped."""
         about = repr(([corpus.fingerprint for corpus in self._corpora.values()], list(self.augment)))
         return f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{self.plan.fingerprint}"
 
@@ -121,6 +129,7 @@ class Batches:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
+        index = self.planned(index)
         rows = self._own(self.plan.batch(index))
         tokens = np.zeros((rows.num_rows, rows.row_length), self._dtype)
         to = rows.row * rows.row_length + rows.at
@@ -142,6 +151,12 @@ class Batches:
             batch["inputs"], batch["tokens"] = self._augmented(tokens, rows, index)
         stage = self.plan.stages[self.plan.stage(index)]
         return batch | ({"window": Static(stage.window)} if stage.window else {})
+
+    def planned(self, index: int) -> int:
+        """Which of the plan's batches the one at `index` is: a later one, if some are skipped."""
+        for begin, end in self.skip:
+            index += end - begin if index >= begin else 0
+        return index
 
     @functools.cached_property
     def _corpora(self) -> Mapping[str, Corpus]:

@@ -115,6 +115,26 @@ def test_refuses_a_count(corpus_path: Path, count: int | None, message: str) -> 
         dataclasses.replace(one_pass(corpus_path), count=1000)
 
 
+def test_what_is_skipped_is_left_out_and_the_rest_moves_up(corpus_path: Path) -> None:
+    augment = [data.TokenDropout(0.5, 0)]
+    batches = batches_of(corpus_path, augment=augment, count=20)
+    some = dataclasses.replace(batches, skip=[(0, 2), (5, 9), (9, 10)], count=13)
+    kept = [2, 3, 4, *range(10, 20)]
+    assert_same(some, [batches[i] for i in kept])
+    assert [some.planned(i) for i in range(13)] == kept
+    assert some.fingerprint == batches.fingerprint
+    whole = one_pass(corpus_path)
+    assert_same(dataclasses.replace(whole, skip=[(1, 3)]), [whole[i] for i in range(len(whole)) if i not in (1, 2)])
+    with pytest.raises(ValueError, match=f"the plan has {len(whole) - 2} batches"):
+        dataclasses.replace(whole, skip=[(1, 3)], count=len(whole))
+
+
+@pytest.mark.parametrize("skip", [[(-1, 3)], [(3, 3)], [(5, 4)], [(5, 7), (2, 3)], [(1, 4), (3, 6)]], ids=str)
+def test_refuses_ranges_to_skip_that_are_empty_or_out_of_order(corpus_path: Path, skip: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="give ranges"):
+        batches_of(corpus_path, count=20, skip=skip)
+
+
 def test_shares_are_the_rows_of_the_whole_in_their_order(batches: data.Batches) -> None:
     for hosts in (2, 4, 8):
         shares = [dataclasses.replace(batches, share=((k,), hosts)) for k in range(hosts)]
