@@ -63,6 +63,7 @@ bench: setup ## train steps, optimizers, attention, memory and data against base
 
 audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none of which is needed
 	.venv-ahead/bin/python benchmarks/traffic.py
+	.venv-ahead/bin/python benchmarks/precision_ahead.py
 	.venv-ahead/bin/python benchmarks/attention_ahead.py
 	.venv-ahead/bin/python benchmarks/zero.py $(ARGS)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 OUT: Final = Path(__file__).parent / "results" / "optimizers-traffic-h100.json"
-BYTES: Final = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+BYTES: Final = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "pred": 1, "s8": 1, "u8": 1}
 INSTRUCTION: Final = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:,|$)(.*)")
 
 
