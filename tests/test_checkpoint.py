@@ -83,7 +83,7 @@ def test_restores_onto_other_devices(tmp_path: Path) -> None:
         (
             ABOUT,
             {"width": 16},
-            r"params|blocks/attention/k/kernel \['float32', 2, 8, 8\], but .* \['float32', 2, 16, 16\]",
+            r"params/blocks/attention/k/kernel \['float32', \[2, 8, 8\]\], but .* \['float32', \[2, 16, 16\]\]",
         ),
         (ABOUT, {"tied": True}, "head/kernel .* but this run has None"),
         ({"model": {"width": 16}, "data": "words"}, {}, "model/width 8, but this run has 16"),
