@@ -1,12 +1,16 @@
 """Saving in the background, restoring what is whole: Orbax moves the arrays, the rest is here."""
 
 import errno
+import gc
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +27,8 @@ from jaxlm.types import Params, TrainState
 FAILURES: Final = 3
 """Saves that fail in a row, for want of space or with an error of the disk, until that ends the run."""
 DISK_ERRORS: Final = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)}
+# What its threads raise is raised here too, and said in a line rather than two hundred.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.msg)
 
 
 class Checkpoints:
@@ -94,8 +100,8 @@ class Checkpoints:
         if newest is not None and step <= newest:
             if step < newest:
                 raise ValueError(
-                    f"save: the state is of step {step}, and {self._folder} has a checkpoint of step {newest}; go on from "
-                    "there by restore, or use another folder"
+                    f"save: the state is of step {step}, and {self._folder} has a checkpoint of step {newest}; "
+                    "restore that and go on, or use another folder"
                 )
             return
         parts = _parts(state)
@@ -265,7 +271,7 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tupl
     for found in steps:
         manifest, damage = _read(folder, found)
         if manifest is not None:
-            loaded, damage = _load(folder / str(found), lambda: {"params": _nested(manifest["leaves"], sharding)})
+            loaded, damage = _load(folder / str(found), partial(_nested, manifest["leaves"], sharding))
             damage = damage or _difference(manifest, loaded)
             if damage is None:
                 return loaded["params"], manifest["about"]
@@ -284,18 +290,18 @@ def _shapes(parts: Json) -> Json:
 
 
 def _nested(leaves: Json, sharding: jax.sharding.Sharding) -> Json:
-    """The shapes of the parameters as nested dicts, by the names of their leaves."""
-    params: Json = {}
+    """The shapes of the parameters as nested dicts, by the names of their leaves, and of nothing else."""
+    like: Json = {"params": {}}
     for name, (dtype, shape, _) in leaves.items():
-        part, *parents, last = name.split("/")
+        *parents, last = name.split("/")
         if {"", ".", ".."} & {*parents, last}:
             raise DamagedError(f"{name!r} is no name of a leaf")  # but perhaps of a file elsewhere
-        if part == "params":
-            branch = params
+        if name.startswith("params/"):
+            branch = like
             for parent in parents:
                 branch = branch.setdefault(parent, {})
             branch[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
-    return params
+    return like
 
 
 def _read(folder: Path, step: int) -> tuple[Json | None, str | None]:
@@ -314,7 +320,11 @@ def _load(path: Path, like: Callable[[], Json]) -> tuple[Any, str | None]:
         causes = list(_causes(error))
         if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in causes):
             raise  # an older one would fail too
-        return None, " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())[:300]
+        damage = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())[:300]
+        del error, causes
+    with warnings.catch_warnings(action="ignore"):  # about coroutines that Orbax began and now nobody waits for
+        gc.collect()
+    return None, damage
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
