@@ -21,7 +21,7 @@ Json = dict[str, Any]
 FORMAT: Final = 2
 MANIFEST: Final = "jaxlm.json"
 SCORES: Final = "scores.json"
-SMALL: Final = 2**20
+SMALL: Final = 2**24
 """Bytes up to which a file has a checksum, since it may be one of those that say what the others mean. What larger ones
 hold is held against the fingerprints of leaves."""
 

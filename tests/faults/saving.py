@@ -145,7 +145,7 @@ def judge(kind: str, ended: int, saved: Any, found: Any, digests: dict[str, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--trials", type=int, default=0, help="how many calls to draw; 0: each in turn")
+    parser.add_argument("--trials", type=int, default=0, help="how many calls to draw; 0: each in turn; -1: none")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -161,7 +161,7 @@ def main() -> None:
         if options.kind != "kill":  # a file that can't be synchronized has failed too, but there is no lack of space
             points = [k for k in points if calls[k - 1].split()[1] in ("open", "write", "mkdir", "fsync", "rename")]
         if options.trials:
-            points = sorted(random.Random(options.seed).sample(points, options.trials))
+            points = sorted(random.Random(options.seed).sample(points, max(0, options.trials)))
         for k in points:
             shutil.rmtree(trial)
             shutil.copytree(base, trial)
