@@ -176,10 +176,10 @@ def main() -> None:
         for checksums in (True, False):
             base, trial = Path(scratch) / f"base{checksums}", Path(scratch) / "trial"
             # Without checksums of files the fingerprints of leaves have to find it, as in large files.
-            with mock.patch.object(_folder, "SMALL", _folder.SMALL if checksums else -1):
-                with checkpoint.Checkpoints(base, ABOUT) as checkpoints:
-                    for step in (NEWEST - 1, NEWEST):
-                        checkpoints.save(state_at(step))
+            small = mock.patch.object(_folder, "SMALL", _folder.SMALL if checksums else -1)
+            with small, checkpoint.Checkpoints(base, ABOUT) as checkpoints:
+                for step in (NEWEST - 1, NEWEST):
+                    checkpoints.save(state_at(step))
             each = [
                 (path, kind)
                 for path in files_of(base / str(NEWEST))
