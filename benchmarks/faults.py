@@ -50,7 +50,8 @@ def calls(kind: str, trials: int, seed: int, console: Console) -> dict[str, Any]
         if "call" in line:
             outcomes[f"went on from step {line['step']}"] += 1
             wrong += [f"{line['call']}: {line['wrong']}"] if line["wrong"] else []
-            console.print(f"{kind}: {outcomes.total()} trials, {len(wrong)} wrong", end="\r")
+            if console.is_terminal:
+                console.print(f"{kind}: {outcomes.total()} trials, {len(wrong)} wrong", end="\r")
     return {"fault": kind, "trials": outcomes.total(), "outcomes": outcomes, "wrong": wrong}
 
 
@@ -79,16 +80,17 @@ def main() -> None:
         outcomes = ", ".join(f"{name}: {count}" for name, count in sorted(r["outcomes"].items()))
         shown.add_row(r["fault"], str(r["trials"]), outcomes, str(len(r["wrong"])))
     console.print(shown)
+    device = machine.processor()
     if not options.smoke:
         record = {
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": machine.processor(),
+            "device": device,
             "seed": options.seed,
             "versions": machine.versions(PACKAGES),
             "results": results,
         }
-        out = HERE / "results" / f"faults-{machine.file_name('amd epyc')}.json"
+        out = HERE / "results" / f"faults-{machine.file_name(device)}.json"
         out.write_text(json.dumps(record, indent=1) + "\n")
     if any(r["wrong"] for r in results):
         sys.exit("\n".join(line for r in results for line in r["wrong"]))

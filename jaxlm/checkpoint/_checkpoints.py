@@ -314,8 +314,13 @@ def _read(folder: Path, step: int) -> tuple[Json | None, str | None]:
 
 def _load(path: Path, like: Callable[[], Json]) -> tuple[Any, str | None]:
     """The arrays in a checkpoint, or what is damaged."""
+    context, own = ocp.Context(), jax.process_index()
+    # Each process reads for itself: Orbax would let those for which all is well wait for one that fails.
+    alone = context.multiprocessing_options
+    alone.primary_host, alone.active_processes, alone.barrier_sync_key_prefix = own, {own}, str(own)
     try:
-        return ocp.load_checkpointables(str(path), jax.tree.map(_abstract, like())), None
+        with context:
+            return ocp.load_checkpointables(str(path), jax.tree.map(_abstract, like())), None
     except Exception as error:
         causes = list(_causes(error))
         if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in causes):
