@@ -38,7 +38,7 @@ WITHIN_A_LAYER = {
 }
 DOORS = {
     "flax": "jaxlm/models/",
-    "orbax": "jaxlm/checkpoint/_checkpoints.py",
+    "orbax": "jaxlm/checkpoint/",
     "grain": "jaxlm/data/pipeline.py",
     "matplotlib": ("jaxlm/report.py", "jaxlm/schedules/_plot.py", "jaxlm/data/_plot.py"),
     "rich": "jaxlm/metrics.py",

@@ -1,16 +1,12 @@
 """Saving in the background, restoring what is whole: Orbax moves the arrays, the rest is here."""
 
 import errno
-import gc
 import json
 import logging
 import os
 import shutil
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,10 +15,11 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxlm import distributed, files
 from jaxlm.checkpoint import _folder
-from jaxlm.checkpoint._folder import DamagedError, Json
-from jaxlm.fingerprint import begin_fingerprints, fingerprints, read_fingerprints
+from jaxlm.checkpoint._folder import Json
+from jaxlm.checkpoint._reading import causes, check, load, none_whole, or_damage, report, report_damage
+from jaxlm.fingerprint import begin_fingerprints, read_fingerprints
 from jaxlm.tree import named_leaves
-from jaxlm.types import Params, TrainState
+from jaxlm.types import TrainState
 
 FAILURES: Final = 3
 """Saves that fail in a row, for want of space or with an error of the disk, until that ends the run."""
@@ -141,7 +138,7 @@ class Checkpoints:
                 try:
                     _folder.remove(self._folder, old)
                 except OSError as error:
-                    _report(f"checkpoint {old} could not be removed: {error}")
+                    report(f"checkpoint {old} could not be removed: {error}")
 
     def _attempt(self, step: int, work: Callable[[], Any]) -> Any:
         """What `work` returns, or the error if the disk fails it: that is said, and what it has written removed."""
@@ -151,7 +148,7 @@ class Checkpoints:
             failed = _disk_error(error)
             if failed is None:
                 raise
-            _report(f"checkpoint {step} was not saved: {failed.strerror}; the older ones are intact")
+            report(f"checkpoint {step} was not saved: {failed.strerror}; the older ones are intact")
             shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
             return failed
 
@@ -195,7 +192,7 @@ class Checkpoints:
         try:
             distributed.by_first(lambda: _folder.write_scores(self._folder, self._scores))
         except (OSError, RuntimeError) as error:
-            _report(f"the score of checkpoint {step} was not written: {error}")
+            report(f"the score of checkpoint {step} was not written: {error}")
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The state of the newest checkpoint that is whole; None if there never was one.
@@ -213,28 +210,31 @@ class Checkpoints:
         """
         self._settle()
         parts = _parts(like)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
         damaged: list[int] = []
         for step in sorted(self._steps, reverse=True):
-            manifest, damage = distributed.by_first(lambda step=step: _read(self._folder, step))
+            manifest, damage = distributed.by_first(lambda step=step: or_damage(_folder.read, self._folder, step))
             if manifest is not None:
                 _check_same(step, _flat(manifest["about"]), _flat(self._about))
                 _check_same(step, {name: leaf[:2] for name, leaf in manifest["leaves"].items()}, _shapes(parts))
-                loaded, damage = _load(self._folder / str(step), lambda: parts)
-                damage = next(filter(None, distributed.exchange(damage)), None) or _difference(manifest, loaded)
-                if damage is None:
-                    self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
-                    return TrainState(params=loaded["params"], **loaded["rest"])
+                loaded, damage = or_damage(load, self._folder / str(step), abstract)
+                damage = next(filter(None, distributed.exchange(damage)), None)
+                if loaded is not None and damage is None:
+                    _, damage = or_damage(check, manifest, loaded)
+                    if damage is None:
+                        self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
+                        return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
-            _report_damage(step, damage)
+            report_damage(step, damage)
         if names := [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]:
-            raise RuntimeError(_none_whole(self._folder, names))
+            raise RuntimeError(none_whole(self._folder, names))
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
             begin_fingerprints(parts)  # compiles now what would hold up the first save
         return None
 
     def _set_aside(self, damaged: list[int]) -> list[int]:
         for step in damaged:
-            _report(f"checkpoint {step} is now {_folder.set_aside(self._folder, step)}")
+            report(f"checkpoint {step} is now {_folder.set_aside(self._folder, step)}")
         return _folder.whole(self._folder)
 
     def close(self) -> None:
@@ -250,35 +250,6 @@ class Checkpoints:
             self._release()
 
 
-def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tuple[Params, Json]:
-    """The parameters in the newest checkpoint that is whole, on the first device, and what was said `about` them.
-
-    They must have been nested dicts of arrays, as those of jaxlm's models are. Each is held against its fingerprint.
-
-    Args:
-        folder: the folder of a run's checkpoints.
-        step: use this one and no other.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        RuntimeError: there are some, but none that isn't damaged.
-    """
-    folder = Path(folder).absolute()
-    steps = [found for found in reversed(_folder.whole(folder)) if step in (None, found)]
-    if not steps:
-        raise FileNotFoundError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}")
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for found in steps:
-        manifest, damage = _read(folder, found)
-        if manifest is not None:
-            loaded, damage = _load(folder / str(found), partial(_nested, manifest["leaves"], sharding))
-            damage = damage or _difference(manifest, loaded)
-            if damage is None:
-                return loaded["params"], manifest["about"]
-        _report_damage(found, damage)
-    raise RuntimeError(_none_whole(folder, [*map(str, steps)]))
-
-
 def _parts(state: TrainState) -> Json:
     """What is saved under names of their own, so that the parameters can be read alone. None may be without a leaf."""
     return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
@@ -287,62 +258,6 @@ def _parts(state: TrainState) -> Json:
 def _shapes(parts: Json) -> Json:
     """The dtype and shape of each leaf, as JSON: `{"params/embed": ["float32", [258, 128]]}`."""
     return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(parts).items()}
-
-
-def _nested(leaves: Json, sharding: jax.sharding.Sharding) -> Json:
-    """The shapes of the parameters as nested dicts, by the names of their leaves, and of nothing else."""
-    like: Json = {"params": {}}
-    for name, (dtype, shape, _) in leaves.items():
-        *parents, last = name.split("/")
-        if {"", ".", ".."} & {*parents, last}:
-            raise DamagedError(f"{name!r} is no name of a leaf")  # but perhaps of a file elsewhere
-        if name.startswith("params/"):
-            branch = like
-            for parent in parents:
-                branch = branch.setdefault(parent, {})
-            branch[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
-    return like
-
-
-def _read(folder: Path, step: int) -> tuple[Json | None, str | None]:
-    """The manifest of a checkpoint, or what is damaged."""
-    try:
-        return _folder.read(folder, step), None
-    except DamagedError as damage:
-        return None, str(damage)
-
-
-def _load(path: Path, like: Callable[[], Json]) -> tuple[Any, str | None]:
-    """The arrays in a checkpoint, or what is damaged."""
-    context, own = ocp.Context(), jax.process_index()
-    # Each process reads for itself: Orbax would let those for which all is well wait for one that fails.
-    alone = context.multiprocessing_options
-    alone.primary_host, alone.active_processes, alone.barrier_sync_key_prefix = own, {own}, str(own)
-    try:
-        with context:
-            return ocp.load_checkpointables(str(path), jax.tree.map(_abstract, like())), None
-    except Exception as error:
-        causes = list(_causes(error))
-        if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in causes):
-            raise  # an older one would fail too
-        damage = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())[:300]
-        del error, causes
-    with warnings.catch_warnings(action="ignore"):  # about coroutines that Orbax began and now nobody waits for
-        gc.collect()
-    return None, damage
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _difference(manifest: Json, loaded: Json) -> str | None:
-    """The first leaf that isn't what was saved."""
-    for name, found in fingerprints(loaded).items():
-        saved = manifest["leaves"][name][2]
-        if found != saved:
-            return f"{name} has the fingerprint {found}, and had {saved} when it was saved"
-    return None
 
 
 def _check_same(step: int, saved: Json, expected: Json) -> None:
@@ -362,17 +277,9 @@ def _flat(about: Json, prefix: str = "") -> Json:
     return flat
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what caused it, what caused that, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
 def _disk_error(error: Exception) -> OSError | None:
     """What the disk has to do with an error, which Orbax and TensorStore tell in many ways; None: nothing."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OSError) and not isinstance(cause, TimeoutError | ConnectionError):
             code = cause.errno or errno.EIO
             return OSError(code, os.strerror(code))
@@ -380,19 +287,3 @@ def _disk_error(error: Exception) -> OSError | None:
             if text in str(cause):
                 return OSError(code, text)
     return None
-
-
-def _report(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _report_damage(step: int, damage: str | None) -> None:
-    if distributed.first():
-        _report(f"checkpoint {step} is damaged and not used: {damage}")
-
-
-def _none_whole(folder: Path, names: list[str]) -> str:
-    return (
-        f"{folder} has no checkpoint that is whole, but {', '.join(names)}; bring one back from a copy, or start anew "
-        "in another folder"
-    )
