@@ -9,7 +9,7 @@ ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda12)
 PACKAGES = -r requirements.lock $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check format lint types test test-all smoke oracle bench audit docs lock
+.PHONY: help setup train check format lint types test test-all faults smoke oracle bench audit docs lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,6 +46,9 @@ test: setup ## the tests but the slow ones
 
 test-all: setup ## all tests that this machine can run
 	$(BIN)/pytest -n 2 $(ARGS)
+
+faults: setup ## damage, full disks and SIGKILL at every call of a save: some fifteen minutes
+	$(BIN)/pytest tests/faults -m "" $(ARGS)
 
 smoke: setup ## every experiment and benchmark, two steps each
 	$(BIN)/pytest tests/test_experiments.py -m "" $(ARGS)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from jaxlm import data, losses, metrics, models, optim, report, train
+from jaxlm import data, files, losses, metrics, models, optim, report, train
 
 CACHE = Path(os.environ.get("JAXLM_CACHE", "~/.cache/jaxlm")).expanduser()
 BINS = 8
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "versions": metrics.versions(), "masks": {}}
     for name, (model, options) in contestants.items():
         found = results["masks"][name] = learn(model, options, batches, evaluated, config)
-        metrics.write_whole(folder / "results.json", json.dumps(results))
+        files.write_whole(folder / "results.json", json.dumps(results))
         print(f"{name}: {found['bits_per_byte']:.3f} bits per byte after {found['steps']} steps")
     Console(width=140).print(table(results["masks"], config))
     draw(results["masks"], config, folder / "attention.png")

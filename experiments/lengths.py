@@ -27,7 +27,7 @@ import optax
 import tyro
 from matplotlib.figure import Figure
 
-from jaxlm import data, losses, metrics, models, optim, stages, train
+from jaxlm import data, files, losses, metrics, models, optim, stages, train
 from jaxlm.evaluate import compile_eval, evaluate
 
 CACHE = Path(os.environ.get("JAXLM_CACHE", "~/.cache/jaxlm")).expanduser()
@@ -127,7 +127,7 @@ def main(config: Config) -> None:
             run["bits"].append(heldout.bits_per_byte(evaluate(eval_fn, run["state"][1].params, unseen)["loss"]))
         results = [{name: x for name, x in run.items() if name not in ("state", "plan")} for run in runs]
         about = {**dataclasses.asdict(config), "versions": metrics.versions(), "step_seconds": taken, "bucket": best}
-        metrics.write_whole(folder / "results.json", json.dumps({**about, "runs": results}))
+        files.write_whole(folder / "results.json", json.dumps({**about, "runs": results}))
         lines = ["| method | steps | seconds | tokens predicted/s | bits per byte |", "|---|---|---|---|---|"]
         axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
         for name in plans:
@@ -140,7 +140,7 @@ def main(config: Config) -> None:
         axes.set(xlabel="seconds of training", title="Held-out bits per byte of functions")
         axes.legend(frameon=False)
         figure.savefig(folder / "lengths.png", dpi=120)
-        metrics.write_whole(folder / "lengths.md", "\n".join([__doc__ or "", *lines, ""]))
+        files.write_whole(folder / "lengths.md", "\n".join([__doc__ or "", *lines, ""]))
         print(*lines, f"Look at {folder / 'lengths.png'}", sep="\n")
 
 

@@ -22,7 +22,7 @@ import tyro
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from jaxlm import data, losses, metrics, models, optim, report, schedules, train, tree
+from jaxlm import data, files, losses, metrics, models, optim, report, schedules, train, tree
 from jaxlm.evaluate import evaluate, make_eval
 
 CACHE = Path(os.environ.get("JAXLM_CACHE", "~/.cache/jaxlm")).expanduser()
@@ -115,7 +115,7 @@ def main(config: Config) -> None:
     results: dict[str, Any] = {"config": dataclasses.asdict(config), "versions": metrics.versions(), "optimizers": {}}
     for name in config.only:
         found = results["optimizers"][name] = sweep(name, *OPTIMIZERS[name])
-        metrics.write_whole(folder / "results.json", json.dumps(results))
+        files.write_whole(folder / "results.json", json.dumps(results))
         bits, _, spread, rate = best_of(found)
         print(f"{name}: {bits:.3f} ± {spread:.3f} bits per byte at a learning rate of {rate:.1e}")
     draw(results["optimizers"], folder / "optimizers.png")

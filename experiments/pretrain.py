@@ -26,6 +26,7 @@ from jaxlm.generate import complete
 from jaxlm.report import write_report
 
 GLANCE = 16  # held-out batches evaluated during the run; at its end, all
+FREE = ("save_every", "microbatches", "zero", "mesh")  # what may change when a run goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def main(config: Config) -> None:
         folder = Path(by_first(tempfile.mkdtemp)) / "smoke"
     if min(config.steps, config.save_every, config.tokens_per_batch) < 1:
         raise ValueError(f"steps, save-every and tokens-per-batch must be 1 or more: {config}")
-    by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__)))
+    by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__, free=FREE)))
     train.keep_programs()
     home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
@@ -78,7 +79,7 @@ def main(config: Config) -> None:
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
-    share = sharding.share(by_rows)
+    share, place = sharding.share(by_rows), partial(sharding.place, rows=by_rows)
     batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), count=config.steps, share=share)
     unseen = data.Batches(heldout, data.bucket(heldout.lengths, *rows, passes=1), share=share)
     distributed.agree(data=batches.fingerprint)
@@ -101,7 +102,6 @@ def main(config: Config) -> None:
     if first:
         print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
         print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices))
-    place = partial(sharding.place, rows=by_rows)
     state = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))()
     step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), state, batches.specs(by_rows))
     eval_fn = compile_eval(grads.parallel_loss(loss_fn, layout, dtype=dtype), state.params, unseen.specs(by_rows))
@@ -126,6 +126,7 @@ def main(config: Config) -> None:
                     log.flush()
                     checkpoints.save(state)
                     glance = {"heldout": bits_per_byte(state.params, GLANCE)}
+                    checkpoints.score(done, glance["heldout"])
                     log.restart_clock()
         checkpoints.save(state)
     if done < config.steps:
@@ -139,8 +140,7 @@ def main(config: Config) -> None:
             "xz -9 on the same bytes": f"{8 * len(lzma.compress(text, preset=9)) / len(text):.3f}",
             "sample": complete(shape, params, tokenizer, "def ", length=config.row_lengths[-1] - 5),
         }
-        lines = (f"{name}: {result}\n" for name, result in results.items())
-        print(*lines, f"Look at {write_report(folder, results)}", sep="\n")
+        print(*(f"{a}: {b}\n" for a, b in results.items()), f"Look at {write_report(folder, results)}", sep="\n")
 
 
 if __name__ == "__main__":

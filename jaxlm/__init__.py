@@ -8,6 +8,8 @@ from jaxlm import compiled as compiled
 from jaxlm import data as data
 from jaxlm import distributed as distributed
 from jaxlm import evaluate as evaluate
+from jaxlm import files as files
+from jaxlm import fingerprint as fingerprint
 from jaxlm import generate as generate
 from jaxlm import grads as grads
 from jaxlm import losses as losses

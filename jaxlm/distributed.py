@@ -109,7 +109,7 @@ def agree(**values: object) -> None:
     """
     if jax.process_count() == 1:
         return
-    said = _exchange({name: _short(json.dumps(value, sort_keys=True)) for name, value in values.items()})
+    said = exchange({name: _short(json.dumps(value, sort_keys=True)) for name, value in values.items()})
     for name in dict.fromkeys(name for one in said for name in one):
         having: dict[str, list[int]] = {}
         for process, one in enumerate(said):
@@ -147,12 +147,31 @@ def by_first(make: Callable[[], T]) -> T:
             made = make()
         except Exception as raised:
             error = raised
-    failure, told = _exchange([error and f"{type(error).__name__}: {error}", made])[0]
+    failure, told = exchange([error and f"{type(error).__name__}: {error}", made])[0]
     if error is not None:
         raise error
     if failure is not None:
         raise RuntimeError(f"process 0 failed: {failure}")
     return told
+
+
+def exchange(said: Any) -> list[Any]:
+    """What each process says, in their order. All must call it.
+
+    Args:
+        said: whatever JSON can say.
+
+    >>> exchange("ready")
+    ['ready']
+    """
+    if jax.process_count() == 1:
+        return [said]
+    text = np.frombuffer(json.dumps([jax.process_index(), said]).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(text.size, np.int32))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - text.size)))
+    # The rows are in the order of the devices, which needn't be that of the processes.
+    parts = sorted(json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
+    return [part for _, part in parts]
 
 
 @contextlib.contextmanager
@@ -287,16 +306,6 @@ def _coordination() -> Any:
     from jax._src import distributed  # pyright: ignore[reportPrivateUsage]
 
     return distributed.global_state
-
-
-def _exchange(said: Any) -> list[Any]:
-    """What each process said, in their order. All must call it, with something that JSON can say."""
-    text = np.frombuffer(json.dumps([jax.process_index(), said]).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.asarray(text.size, np.int32))
-    texts = multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - text.size)))
-    # The rows are in the order of the devices, which needn't be that of the processes.
-    parts = sorted(json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True))
-    return [part for _, part in parts]
 
 
 def _short(text: str) -> str:

@@ -8,53 +8,71 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
+from jaxlm import files
+
 T = TypeVar("T")
 
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def open_run(folder: str | os.PathLike[str], config: Mapping[str, Any], source: str | os.PathLike[str]) -> Path:
+def open_run(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    source: str | os.PathLike[str],
+    *,
+    free: Collection[str] = (),
+) -> Path:
     """Makes the folder of a run, or checks that it is this run's if that has begun.
 
-    It gets `config.json`, `versions.json` and a copy of the source that made it; later `Log` adds to it.
+    The folder is held until the process ends: a second start is refused before it touches anything. It gets
+    `config.json`, `versions.json` and a copy of the source that made it; later `Log` adds to it.
 
     Args:
         folder: where.
         config: all that the run depends on, as JSON.
         source: the file of the experiment.
+        free: names in `config` of what may change when the run goes on, since it changes nothing that is learnt.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the folder belongs to a run with another configuration; the first difference is named.
+        RuntimeError: another process holds the folder.
         OSError: the disk is full or can't be written to.
     """
     folder = Path(folder)
     config = json.loads(json.dumps(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    files.lock(folder)
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
     if (folder / "config.json").exists() and not begun:
-        shutil.rmtree(folder)  # of a command that was refused
+        for path in folder.iterdir():  # of a command that was refused
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != files.LOCK:
+                path.unlink()
     if (folder / "config.json").exists():
         saved = json.loads((folder / "config.json").read_text())
         for name in {**saved, **config}:
-            if saved.get(name) != config.get(name):
+            if saved.get(name) != config.get(name) and name not in free:
                 raise ValueError(
                     f"{folder} belongs to another configuration: {name} is {saved.get(name)!r} there and "
                     f"{config.get(name)!r} here; give the run another name or delete the folder"
                 )
+        if saved != config:
+            files.write_whole(folder / "config.json", json.dumps(config, indent=1))
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, folder)
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
-    write_whole(folder / "config.json", json.dumps(config, indent=1))
+    files.write_whole(folder / "config.json", json.dumps(config, indent=1))
     return folder
 
 
@@ -165,17 +183,10 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     lines = read_log(path)
     kept = [line for line in lines if line["step"] <= step]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxlm.metrics import read_log, write_whole
+from jaxlm.files import write_whole
+from jaxlm.metrics import read_log
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
 h1 { margin-bottom: 0 } svg { width: 100%; height: auto } table { border-collapse: collapse }

@@ -11,7 +11,7 @@ PACKAGE = sorted((ROOT / "jaxlm").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 LAYERS = [
-    ["types", "tree", "stages"],
+    ["types", "tree", "fingerprint", "stages", "files"],
     [
         "compiled",
         "hlo",
@@ -34,10 +34,11 @@ WITHIN_A_LAYER = {
     ("range_test", "train"),
     ("grads", "sharding"),
     ("sharding", "hlo"),
+    ("fingerprint", "tree"),
 }
 DOORS = {
     "flax": "jaxlm/models/",
-    "orbax": "jaxlm/checkpoint.py",
+    "orbax": "jaxlm/checkpoint/",
     "grain": "jaxlm/data/pipeline.py",
     "matplotlib": ("jaxlm/report.py", "jaxlm/schedules/_plot.py", "jaxlm/data/_plot.py"),
     "rich": "jaxlm/metrics.py",

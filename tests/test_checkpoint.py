@@ -1,7 +1,12 @@
-"""What is saved comes back bit for bit; what doesn't fit is refused by name; a failed save loses nothing."""
+"""What is saved comes back bit for bit; what doesn't fit or is damaged is named; a failed save loses nothing."""
 
 import errno
+import functools
+import json
+import math
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +14,47 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxlm import checkpoint, models, sharding, train
+from jaxlm import checkpoint, fingerprint, models, sharding, train
+from jaxlm.checkpoint import _folder
 from jaxlm.types import TrainState
 
 MODEL = models.TransformerConfig(vocab=20, layers=2, width=8, heads=2)
 ABOUT = {"model": {"width": 8}, "data": "words"}
 
 
+@functools.cache
+def init_of(config: models.TransformerConfig) -> Any:
+    return jax.jit(models.transformer(config)[0])
+
+
 def state_at(step: int, config: models.TransformerConfig = MODEL, optimizer: Any = None) -> TrainState:
-    init, _ = models.transformer(config)
-    state = train.start(jax.jit(init)(jax.random.key(step)), optimizer or optax.adamw(1e-3))
+    state = train.start(init_of(config)(jax.random.key(step)), optimizer or optax.adamw(1e-3))
     return state._replace(step=jnp.asarray(step, jnp.int32))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def save(folder: Path, *steps: int, keep: int = 2) -> None:
+    with checkpoint.Checkpoints(folder, ABOUT, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_at(step))
+
+
+@contextmanager
+def a_full_disk(error: Exception) -> Generator[None]:
+    """Lets saves fail in the background, once the arrays are written; tests/faults lets the system do it, anywhere."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_folder, "commit", fail)
+        yield
 
 
 def same(a: Any, b: Any) -> bool:
@@ -38,7 +72,7 @@ def test_restores_the_newest_bit_for_bit_and_keeps_as_many_as_asked(tmp_path: Pa
             checkpoints.save(state_at(step))
         checkpoints.save(state_at(3))
         assert checkpoints.latest == 3
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["2", "3"]
+    assert names(tmp_path / "c") == ["2", "3"]
     with checkpoint.Checkpoints(tmp_path / "c", ABOUT) as checkpoints:
         restored = checkpoints.restore(state_at(0))
     assert restored is not None
@@ -66,15 +100,21 @@ def test_any_optimizer_state(optimizer: optax.GradientTransformation, tmp_path: 
         assert same(checkpoints.restore(state), state)
 
 
-def test_restores_onto_other_devices(tmp_path: Path) -> None:
-    state = state_at(1)
-    everywhere = sharding.replicated(sharding.mesh())
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("devices", [1, 4, 8])
+def test_restores_onto_any_mesh_and_stage_of_zero(zero: int, devices: int, tmp_path: Path) -> None:
+    init, _ = models.transformer(MODEL)
+    optimizer, shapes = optax.adamw(1e-3), jax.eval_shape(init, jax.random.key(0))
+    saved, here = (
+        sharding.lay_out(shapes, sharding.mesh(devices=some), zero=zero, stacked=models.stacked).state(optimizer)
+        for some in (jax.devices(), jax.devices()[:devices])
+    )
+    state = jax.device_put(state_at(1), saved)
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
         checkpoints.save(state)
-        restored = checkpoints.restore(jax.device_put(state, everywhere))
-        assert restored is not None
-        assert restored.params["embed"].sharding.is_equivalent_to(everywhere, 2)
-        assert same(restored, state)
+        restored = checkpoints.restore(jax.device_put(state, here))
+    assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), restored, here))
+    assert same(jax.device_get(restored), jax.device_get(state))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +123,7 @@ def test_restores_onto_other_devices(tmp_path: Path) -> None:
         (
             ABOUT,
             {"width": 16},
-            r"params|blocks/attention/k/kernel \['float32', 2, 8, 8\], but .* \['float32', 2, 16, 16\]",
+            r"params/blocks/attention/k/kernel \['float32', \[2, 8, 8\]\], but .* \['float32', \[2, 16, 16\]\]",
         ),
         (ABOUT, {"tied": True}, "head/kernel .* but this run has None"),
         ({"model": {"width": 16}, "data": "words"}, {}, "model/width 8, but this run has 16"),
@@ -119,38 +159,225 @@ def test_parameters_alone_by_path(tmp_path: Path) -> None:
     assert same(params, state_at(2).params)
 
 
-def test_an_unfinished_checkpoint_counts_for_nothing(tmp_path: Path) -> None:
-    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-        checkpoints.save(state_at(1))
-    shutil.copytree(tmp_path / "1", tmp_path / "7")
-    (tmp_path / "7" / "commit_success.txt").unlink()
-    (tmp_path / "9").mkdir()
+def test_an_unfinished_checkpoint_counts_for_nothing_and_is_removed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "1", tmp_path / "7.unfinished")
     params, _ = checkpoint.load_params(tmp_path)
     assert same(params, state_at(1).params)
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
         assert checkpoints.latest == 1
+        checkpoints.save(state_at(7))
+    assert names(tmp_path) == ["1", "7"]
 
 
-def test_no_checkpoint_and_none_to_keep_are_refused(tmp_path: Path) -> None:
+def test_no_checkpoint_and_too_few_to_keep_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         checkpoint.load_params(tmp_path)
-    with pytest.raises(ValueError, match="keep is 0"):
-        checkpoint.Checkpoints(tmp_path, ABOUT, keep=0)
+    save(tmp_path, 1)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 3"):
+        checkpoint.load_params(tmp_path, 3)
+    with pytest.raises(ValueError, match="keep is 1; use 2 or more"):
+        checkpoint.Checkpoints(tmp_path, ABOUT, keep=1)
+    with pytest.raises(ValueError, match="keep_every is 0"):
+        checkpoint.Checkpoints(tmp_path, ABOUT, keep_every=0)
 
 
-def test_a_full_disk_is_named_and_older_checkpoints_are_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_older_than_the_newest_checkpoint_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 9)
+    with (
+        checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints,
+        pytest.raises(ValueError, match=r"the state is of step 3, and .* has a checkpoint of step 9; restore that"),
+    ):
+        checkpoints.save(state_at(3))
+    assert names(tmp_path) == ["9"]
+
+
+def test_the_best_and_every_so_many_are_kept_also_by_a_run_that_goes_on(tmp_path: Path) -> None:
+    scores = {10: 3.0, 15: 1.0, 20: 2.0, 25: math.nan, 30: 1.5, 35: 1.7}
+    for part in ((10, 15), (20, 25), (30, 35)):
+        with checkpoint.Checkpoints(tmp_path, ABOUT, keep_every=20) as checkpoints:
+            for step in part:
+                checkpoints.save(state_at(step))
+                checkpoints.score(step, scores[step])
+    assert names(tmp_path) == ["15", "20", "30", "35", "scores.json"]
+    params, _ = checkpoint.load_params(tmp_path, 15)
+    assert same(params, state_at(15).params)
+
+
+@given(st.sets(st.integers(0, 50), min_size=1), st.dictionaries(st.integers(0, 50), st.floats()), st.integers(2, 5))
+def test_what_is_kept_has_the_newest_and_the_best(steps: set[int], scores: dict[int, float], keep: int) -> None:
+    kept = _folder.kept(steps, scores, keep=keep, keep_every=None)
+    assert set(sorted(steps)[-keep:]) <= kept <= steps
+    assert len(kept) <= keep + 1
+    scored = [scores[step] for step in steps if step in scores and not math.isnan(scores[step])]
+    assert not scored or min(scored) in {scores.get(step) for step in kept}
+    assert _folder.kept(steps, scores, keep=keep, keep_every=7) == kept | {step for step in steps if step % 7 == 0}
+
+
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1, 2, 3, keep=3)
+    shutil.rmtree(tmp_path / "3" / "params")
+    (tmp_path / "2" / "rest" / "_METADATA").write_text("")  # as after a power failure
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        assert same(checkpoints.restore(state_at(0)), state_at(1))
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split(": ")[0] for line in said[:2]] == [f"checkpoint {i} is damaged and not used" for i in (3, 2)]
+        assert "params/" in said[0]
+        assert "rest/_METADATA doesn't have its" in said[1]
+        assert said[2:] == [f"checkpoint {i} is now {i}.damaged-1" for i in (3, 2)]
+        assert names(tmp_path) == ["1", "2.damaged-1", "3.damaged-1"]
+        checkpoints.save(state_at(2))
+        checkpoints.save(state_at(3))
+    assert names(tmp_path) == ["2", "2.damaged-1", "3", "3.damaged-1"]
+    (tmp_path / "3" / _folder.MANIFEST).unlink()
+    params, _ = checkpoint.load_params(tmp_path)
+    assert same(params, state_at(2).params)
+    assert "3" in names(tmp_path)  # who only reads renames nothing
+
+
+def test_where_none_is_whole_the_run_does_not_begin_anew(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    for step in ("1", "2"):
+        (tmp_path / step / "params" / "manifest.ocdbt").unlink()
+    message = "has no checkpoint that is whole, but 2, 1; bring one back from a copy"
+    for _ in range(2):
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints, pytest.raises(RuntimeError, match=message):
+            checkpoints.restore(state_at(0))
+    with pytest.raises(RuntimeError, match=message):
+        checkpoint.load_params(tmp_path)
+    for step in (1, 2):
+        _folder.set_aside(tmp_path, step)
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints, pytest.raises(RuntimeError, match=r"but 1\.damaged-1"):
+        checkpoints.restore(state_at(0))
+
+
+@pytest.mark.parametrize("link", ["2", "2/params/_METADATA", "2/params/d"])
+def test_what_is_a_symbolic_link_is_not_followed(link: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "c", 1, 2)
+    path = tmp_path / "c" / link
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with checkpoint.Checkpoints(tmp_path / "c", ABOUT) as checkpoints:
+        assert same(checkpoints.restore(state_at(0)), state_at(1))
+    assert "link" in capsys.readouterr().err
+    assert (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["params/../../w", "params//etc/w", "params/./w"])
+def test_a_leaf_cannot_name_a_file_elsewhere(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "1" / _folder.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["leaves"] = {name: ["float32", [2], "0" * 16]}
+    del manifest["checksum"]
+    path.write_text(_folder._dump(manifest))
+    with pytest.raises(RuntimeError, match="no checkpoint that is whole"):
+        checkpoint.load_params(tmp_path)
+    assert "is no name of a leaf" in capsys.readouterr().err
+
+
+def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "1" / _folder.MANIFEST
+    path.write_text(_folder._dump({"format": 99}))
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints, pytest.raises(ValueError, match="of format 99"):
+        checkpoints.restore(state_at(0))
+
+
+def test_an_error_that_is_no_damage_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, 2)
+
+    def full(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes")
+
+    monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", full)
+    with (
+        checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints,
+        pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"),
+    ):
+        checkpoints.restore(state_at(0))
+    assert names(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (OSError(errno.EFBIG, "File too large", "some file"), errno.EFBIG, "File too large"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"),
+            errno.ENOSPC,
+            "No space left on device",
+        ),
+        (ValueError("UNKNOWN: Failed to write [OS error 5: EIO Input/output error]"), errno.EIO, "Input/output error"),
+    ],
+    ids=["EFBIG", "ENOSPC", "EIO"],
+)
+def test_a_save_that_finds_no_space_is_said_and_the_next_one_succeeds(
+    error: Exception, code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
         checkpoints.save(state_at(1))
         checkpoints.wait()
-        with monkeypatch.context() as patch:
-
-            def full(*_: Any, **__: Any) -> None:
-                raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
-
-            patch.setattr(checkpoints._checkpointer, "save_checkpointables_async", full)
-            with pytest.raises(OSError, match="the disk is full") as raised:
-                checkpoints.save(state_at(2))
-        assert raised.value.errno == errno.ENOSPC
-        assert same(checkpoints.restore(state_at(0)), state_at(1))
+        with a_full_disk(error):
+            checkpoints.save(state_at(2))
+            assert checkpoints.latest == 1
+            assert names(tmp_path) == ["1"]
+            assert capsys.readouterr().err == f"checkpoint 2 was not saved: {text}; the older ones are intact\n"
+            with pytest.raises(OSError, match="checkpoint 2 was not saved") as raised:
+                checkpoints.wait()
+            assert raised.value.errno == code
+            assert same(checkpoints.restore(state_at(0)), state_at(1))
         checkpoints.save(state_at(3))
         assert same(checkpoints.restore(state_at(0)), state_at(3))
+    assert names(tmp_path) == ["1", "3"]
+
+
+def test_the_third_failure_in_a_row_is_raised_and_so_is_that_of_the_last_save(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with a_full_disk(OSError(errno.ENOSPC, "")):
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+            for step in (2, 3, 4):
+                checkpoints.save(state_at(step))
+            with pytest.raises(OSError, match="checkpoint 4 was not saved"):
+                checkpoints.save(state_at(5))
+            checkpoints._failed = None
+        with (
+            pytest.raises(OSError, match="checkpoint 6 was not saved"),
+            checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints,
+        ):
+            checkpoints.save(state_at(6))
+    assert names(tmp_path) == ["1"]
+
+
+def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Path) -> None:
+    def run() -> None:
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+            checkpoints.save(state_at(1))
+            raise ZeroDivisionError
+
+    with a_full_disk(OSError(errno.ENOSPC, "")), pytest.raises(ZeroDivisionError):
+        run()
+    save(tmp_path, 2)
+
+
+def test_the_manifest_has_the_fingerprint_of_each_leaf(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    leaves = json.loads((tmp_path / "1" / _folder.MANIFEST).read_text())["leaves"]
+    state = state_at(1)
+    expected = fingerprint.fingerprints(
+        {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+    )
+    assert {name: leaf[2] for name, leaf in leaves.items()} == expected
+
+
+def test_an_error_of_another_kind_is_raised_at_the_next_call(tmp_path: Path) -> None:
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    with a_full_disk(KeyError("a mistake")):
+        checkpoints.save(state_at(1))
+        with pytest.raises(KeyError, match="a mistake"):
+            checkpoints.wait()
+    checkpoints.save(state_at(2))
+    checkpoints.close()
+    assert names(tmp_path)[-1] == "2"

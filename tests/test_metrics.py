@@ -78,6 +78,17 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
         metrics.open_run(folder, {**config, "seed": 0}, source)
 
 
+def test_what_is_free_may_change_and_is_recorded(tmp_path: Path) -> None:
+    metrics.open_run(tmp_path, {"seed": 1, "save_every": 10}, __file__)
+    (tmp_path / "metrics.jsonl").touch()
+    metrics.open_run(tmp_path, {"seed": 1, "save_every": 20}, __file__, free=["save_every"])
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1, "save_every": 20}
+    with pytest.raises(ValueError, match="seed is 1 there and 2 here"):
+        metrics.open_run(tmp_path, {"seed": 2, "save_every": 20}, __file__, free=["save_every"])
+    with pytest.raises(ValueError, match="save_every is 20 there and 30 here"):
+        metrics.open_run(tmp_path, {"seed": 1, "save_every": 30}, __file__)
+
+
 def test_a_folder_whose_run_has_not_begun_is_made_anew(tmp_path: Path) -> None:
     metrics.open_run(tmp_path / "run", {"heads": 3}, __file__)
     (tmp_path / "run" / "corpus").mkdir()

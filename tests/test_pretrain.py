@@ -103,10 +103,30 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(straight: Path, text: Path, 
     cache = os.environ | {"JAXLM_CACHE": str(tmp_path / "cache")}  # a full disk must not cut off what others use
     failed = subprocess.run(limited, cwd=tmp_path, env=cache, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert "File too large" in failed.stderr or "disk is full" in failed.stderr
+    assert "checkpoint 40 was not saved: File too large; the older ones are intact" in failed.stderr
+    assert "OSError: [Errno 27] File too large" in failed.stderr  # of the metrics, without which there is no run
     finish(start(tmp_path, text))
     metrics = "runs/pretrain/metrics.jsonl"
     assert (tmp_path / metrics).read_text() == (straight / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_second_start_is_refused_and_other_devices_go_on(straight: Path, text: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, text)
+    run = tmp_path / "runs" / "pretrain"
+    wait_for_lines(run / "metrics.jsonl", 25, process)
+    process.send_signal(signal.SIGSTOP)  # or it would be done before the other has begun
+    assert f"is in use by process {process.pid} on " in finish(start(tmp_path, text), 1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    finish(start(tmp_path, text, "--zero=3", "--save-every=150", JAX_NUM_CPU_DEVICES="4"))
+    assert json.loads((run / "config.json").read_text())["save_every"] == 150
+    ours, theirs = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, straight)
+    )
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line["loss"] for line in ours[:30]] == pytest.approx([line["loss"] for line in theirs[:30]], rel=1e-4)
 
 
 def test_the_metrics_have_a_line_for_each_step_and_the_loss_falls(straight: Path) -> None:

@@ -1,0 +1,100 @@
+"""Lets the system fail at every call of a save, and damages checkpoints in every way; counts what became of the run.
+
+Nothing is timed: what counts is that no trial goes wrong. See tests/faults, whose scripts it runs.
+"""
+
+import argparse
+import collections
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import machine
+from rich.console import Console
+from rich.table import Table
+
+HERE: Final = Path(__file__).parent
+SCRIPTS: Final = HERE.parent / "tests" / "faults"
+PACKAGES: Final = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
+CALLS: Final = ("kill", "ENOSPC", "EIO", "full")
+
+
+def lines(script: str, *arguments: str) -> Iterator[dict[str, Any]]:
+    """What a script of tests/faults prints, as it comes; exits if it fails."""
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+        if process.wait():
+            said.seek(0)
+            sys.exit(said.read())
+
+
+def calls(kind: str, trials: int, seed: int, console: Console) -> dict[str, Any]:
+    """SIGKILL or an error at calls of a save: how many trials, from which step the run went on, and what was wrong."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    wrong: list[str] = []
+    for line in lines("saving", kind, f"--trials={trials}", f"--seed={seed}"):
+        if "call" in line:
+            outcomes[f"went on from step {line['step']}"] += 1
+            wrong += [f"{line['call']}: {line['wrong']}"] if line["wrong"] else []
+            if console.is_terminal:
+                console.print(f"{kind}: {outcomes.total()} trials, {len(wrong)} wrong", end="\r")
+    return {"fault": kind, "trials": outcomes.total(), "outcomes": outcomes, "wrong": wrong}
+
+
+def damage(trials: int, seed: int, *options: str) -> Iterator[dict[str, Any]]:
+    """Damage to the newest of two checkpoints: how often the older one was used, or the newest with every bit right."""
+    for line in lines("corrupting", f"--trials={trials}", f"--seed={seed}", *options):
+        how = "checksums of files" if line.pop("checksums") else "fingerprints of leaves alone"
+        if "wrong" in line:
+            sys.exit(f"{how}: {line}")
+        kind = line.pop("kind")
+        yield {"fault": f"{kind}, {how}", "trials": sum(line.values()), "outcomes": line, "wrong": []}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="show that it works: a few trials of each")
+    options = parser.parse_args()
+    console = Console() if Console().is_terminal else Console(width=130)
+    results = [calls(kind, 1 if options.smoke else 0, options.seed, console) for kind in CALLS]
+    results += damage(4 if options.smoke else 1000, options.seed, *([] if options.smoke else ["--each"]))
+    shown = Table(
+        "fault", "trials", "what became of it", "wrong", title=f"Checkpoints under faults, seed {options.seed}"
+    )
+    for r in results:
+        outcomes = ", ".join(f"{name}: {count}" for name, count in sorted(r["outcomes"].items()))
+        shown.add_row(r["fault"], str(r["trials"]), outcomes, str(len(r["wrong"])))
+    console.print(shown)
+    device = machine.processor()
+    if not options.smoke:
+        record = {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": device,
+            "seed": options.seed,
+            "versions": machine.versions(PACKAGES),
+            "results": results,
+        }
+        out = HERE / "results" / f"faults-{machine.file_name(device)}.json"
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    if any(r["wrong"] for r in results):
+        sys.exit("\n".join(line for r in results for line in r["wrong"]))
+
+
+if __name__ == "__main__":
+    main()

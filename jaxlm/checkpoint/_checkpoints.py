@@ -1,0 +1,289 @@
+"""Saving in the background, restoring what is whole: Orbax moves the arrays, the rest is here."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxlm import distributed, files
+from jaxlm.checkpoint import _folder
+from jaxlm.checkpoint._folder import Json
+from jaxlm.checkpoint._reading import causes, check, load, none_whole, or_damage, report, report_damage
+from jaxlm.fingerprint import begin_fingerprints, read_fingerprints
+from jaxlm.tree import named_leaves
+from jaxlm.types import TrainState
+
+FAILURES: Final = 3
+"""Saves that fail in a row, for want of space or with an error of the disk, until that ends the run."""
+DISK_ERRORS: Final = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)}
+# What its threads raise is raised here too, and said in a line rather than two hundred.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.msg)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Close it when done, or use it in a `with` statement. All processes do the same.
+
+    Args:
+        folder: where they are; it is made if need be, and held for this process: see `files.lock`.
+        about: what else a reader must know, as JSON: the model's shape, the tokenizer, which data. It is saved with
+            every state, and must be the same when one is restored.
+        keep: how many to keep, the newest ones. The one with the best `score` is kept besides.
+        keep_every: also keep those whose step is a multiple of this.
+
+    Raises:
+        ValueError: `keep` is less than 2, or `keep_every` less than 1.
+        RuntimeError: another process uses the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], about: Json, *, keep: int = 2, keep_every: int | None = None):
+        if keep < 2:
+            raise ValueError(f"Checkpoints: keep is {keep}; use 2 or more: if the newest is damaged, there is another")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"Checkpoints: keep_every is {keep_every}; use 1 or more, or None")
+        self._folder = Path(folder).absolute()
+        self._about: Json = json.loads(json.dumps(about))
+        self._keep, self._keep_every = keep, keep_every
+        self._release: Callable[[], None] = lambda: None
+        self._steps = set(distributed.by_first(self._open))
+        self._scores = _folder.read_scores(self._folder)
+        self._background = ThreadPoolExecutor(1)
+        self._saving: tuple[int, Future[None]] | None = None
+        self._failed: OSError | None = None
+        self._failures = 0
+
+    def _open(self) -> list[int]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._release = files.lock(self._folder)
+        _folder.sweep(self._folder)
+        return _folder.whole(self._folder)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        if exception is None:
+            self.close()
+        else:  # which is the one to see; and of several processes some may be gone, which a save would wait for
+            self._background.shutdown(wait=jax.process_count() == 1)
+            self._release()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        self._settle()
+        return max(self._steps, default=None)
+
+    def save(self, state: TrainState) -> None:
+        """Begins to save a state under its step, and returns once it is safe to donate it.
+
+        Does nothing if its step is the newest one already. A save that fails for want of space, or because the disk has
+        errors, is reported on stderr, what it wrote is removed, and the run goes on: the next save may succeed.
+
+        Raises:
+            OSError: the last three saves failed so; older checkpoints are intact.
+            ValueError: there is a newer checkpoint.
+        """
+        step, newest = int(state.step), self.latest
+        if self._failed and self._failures >= FAILURES:
+            raise self._failed
+        if newest is not None and step <= newest:
+            if step < newest:
+                raise ValueError(
+                    f"save: the state is of step {step}, and {self._folder} has a checkpoint of step {newest}; "
+                    "restore that and go on, or use another folder"
+                )
+            return
+        parts = _parts(state)
+        sums = begin_fingerprints(parts)
+
+        def begin() -> Any:
+            context = ocp.Context()
+            # Writes into the folder itself: what it is worth is told by its name.
+            context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+            with context:
+                return ocp.save_checkpointables_async(str(_folder.unfinished(self._folder, step)), parts)
+
+        response = self._attempt(step, begin)
+        if isinstance(response, OSError):
+            self._saving = step, Future()
+            self._saving[1].set_exception(response)
+        else:
+            self._saving = step, self._background.submit(self._finish, step, _shapes(parts), sums, response)
+
+    def _finish(self, step: int, shapes: Json, sums: dict[str, jax.Array], response: Any) -> None:
+        """Waits until all arrays are written, and lets them count. It runs in the background."""
+
+        def finish() -> None:
+            response.result()
+            if distributed.first():
+                prints = read_fingerprints(sums)
+                leaves = {name: [*shape, prints[name]] for name, shape in shapes.items()}
+                _folder.commit(self._folder, step, {"format": _folder.FORMAT, "about": self._about, "leaves": leaves})
+
+        failed = self._attempt(step, finish)
+        if failed:
+            raise failed
+        if distributed.first():
+            steps, scores = _folder.whole(self._folder), dict(self._scores)
+            keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
+            for old in sorted(set(steps) - keep):
+                try:
+                    _folder.remove(self._folder, old)
+                except OSError as error:
+                    report(f"checkpoint {old} could not be removed: {error}")
+
+    def _attempt(self, step: int, work: Callable[[], Any]) -> Any:
+        """What `work` returns, or the error if the disk fails it: that is said, and what it has written removed."""
+        try:
+            return work()
+        except Exception as error:
+            failed = _disk_error(error)
+            if failed is None:
+                raise
+            report(f"checkpoint {step} was not saved: {failed.strerror}; the older ones are intact")
+            shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
+            return failed
+
+    def _settle(self) -> None:
+        """Waits for the save under way, and agrees with the other processes on whether it succeeded."""
+        if self._saving is None:
+            return
+        (step, saving), self._saving = self._saving, None
+        error = saving.exception()
+        if error and not isinstance(error, OSError):
+            raise error
+        codes = distributed.exchange(error and error.errno)
+        if any(codes):
+            self._failures += 1
+            code = next(filter(None, codes))
+            message = f"checkpoint {step} was not saved: {os.strerror(code)}; the older ones are intact"
+            self._failed = OSError(code, message)
+            distributed.by_first(lambda: _folder.sweep(self._folder))
+        else:
+            self._failures, self._failed = 0, None
+            self._steps = set(distributed.by_first(lambda: _folder.whole(self._folder)))
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+            OSError: it failed; older checkpoints are intact.
+        """
+        self._settle()
+        if self._failed:
+            raise self._failed
+
+    def score(self, step: int, value: float | int) -> None:
+        """Notes how good a checkpoint is, such as its loss on held-out text: the one with the lowest value is kept.
+
+        Args:
+            step: its step; it may still be being saved. Say it before the next is saved, which is when old ones go.
+            value: NaN is no score.
+        """
+        self._scores[step] = float(value)
+        try:
+            distributed.by_first(lambda: _folder.write_scores(self._folder, self._scores))
+        except (OSError, RuntimeError) as error:
+            report(f"the score of checkpoint {step} was not written: {error}")
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The state of the newest checkpoint that is whole; None if there never was one.
+
+        Every leaf is held against its fingerprint. A damaged checkpoint is reported on stderr, with the leaf or the
+        file that is damaged, and renamed once an older one has been restored.
+
+        Args:
+            like: the state that is expected, or its shapes and shardings; the result lies on devices as it does.
+
+        Raises:
+            ValueError: the checkpoint is `about` something else, or holds other leaves, shapes or dtypes than `like`;
+                the first difference is named.
+            RuntimeError: there are checkpoints, but none that isn't damaged.
+        """
+        self._settle()
+        parts = _parts(like)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
+        damaged: list[int] = []
+        for step in sorted(self._steps, reverse=True):
+            manifest, damage = distributed.by_first(lambda step=step: or_damage(_folder.read, self._folder, step))
+            if manifest is not None:
+                _check_same(step, _flat(manifest["about"]), _flat(self._about))
+                _check_same(step, {name: leaf[:2] for name, leaf in manifest["leaves"].items()}, _shapes(parts))
+                loaded, damage = or_damage(load, self._folder / str(step), abstract)
+                damage = next(filter(None, distributed.exchange(damage)), None)
+                if loaded is not None and damage is None:
+                    _, damage = or_damage(check, manifest, loaded)
+                    if damage is None:
+                        self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
+                        return TrainState(params=loaded["params"], **loaded["rest"])
+            damaged.append(step)
+            report_damage(step, damage)
+        if names := [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]:
+            raise RuntimeError(none_whole(self._folder, names))
+        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
+            begin_fingerprints(parts)  # compiles now what would hold up the first save
+        return None
+
+    def _set_aside(self, damaged: list[int]) -> list[int]:
+        for step in damaged:
+            report(f"checkpoint {step} is now {_folder.set_aside(self._folder, step)}")
+        return _folder.whole(self._folder)
+
+    def close(self) -> None:
+        """Waits for the last save, and lets go of the folder.
+
+        Raises:
+            OSError: it failed; older checkpoints are intact.
+        """
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._release()
+
+
+def _parts(state: TrainState) -> Json:
+    """What is saved under names of their own, so that the parameters can be read alone. None may be without a leaf."""
+    return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def _shapes(parts: Json) -> Json:
+    """The dtype and shape of each leaf, as JSON: `{"params/embed": ["float32", [258, 128]]}`."""
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(parts).items()}
+
+
+def _check_same(step: int, saved: Json, expected: Json) -> None:
+    for name in {**saved, **expected}:
+        if saved.get(name) != expected.get(name):
+            raise ValueError(
+                f"checkpoint {step} has {name} {saved.get(name)}, but this run has {expected.get(name)}; go on with "
+                "the model, optimizer and data that it was saved with, or use another folder"
+            )
+
+
+def _flat(about: Json, prefix: str = "") -> Json:
+    """`{"model": {"width": 128}}` as `{"model/width": 128}`."""
+    flat: Json = {}
+    for name, value in about.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _disk_error(error: Exception) -> OSError | None:
+    """What the disk has to do with an error, which Orbax and TensorStore tell in many ways; None: nothing."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and not isinstance(cause, TimeoutError | ConnectionError):
+            code = cause.errno or errno.EIO
+            return OSError(code, os.strerror(code))
+        for code, text in DISK_ERRORS.items():
+            if text in str(cause):
+                return OSError(code, text)
+    return None

@@ -1,0 +1,192 @@
+"""What lies on the disk. A checkpoint is a folder named after its step; what has another name counts for nothing.
+
+`12` is whole, `12.unfinished` is being written or removed, `12.damaged-1` was set aside. In each the manifest says
+which files there are, which leaves they hold, and the fingerprint of each leaf.
+"""
+
+import json
+import math
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+from jaxlm import files
+
+Json = dict[str, Any]
+
+FORMAT: Final = 2
+MANIFEST: Final = "jaxlm.json"
+SCORES: Final = "scores.json"
+SMALL: Final = 2**24
+"""Bytes up to which a file has a checksum, since it may be one of those that say what the others mean. What larger ones
+hold is held against the fingerprints of leaves."""
+
+
+class DamagedError(Exception):
+    """A checkpoint isn't what was saved; the message names the file or the leaf."""
+
+
+def whole(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the oldest first."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.name.isascii())
+
+
+def aside(folder: Path) -> list[str]:
+    """The names of those that were set aside."""
+    return sorted(path.name for path in folder.glob("*.damaged-*"))
+
+
+def unfinished(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder / f"{step}.unfinished"
+
+
+def sweep(folder: Path) -> None:
+    """Removes what was left unfinished."""
+    for path in folder.glob("*.unfinished"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def commit(folder: Path, step: int, manifest: Json) -> None:
+    """Makes the unfinished checkpoint whole, at once, and after all of it is on the disk."""
+    path = unfinished(folder, step)
+    checksums = {name: [size, _checksum(path / name, size)] for name, size in _sizes(path).items()}
+    (path / MANIFEST).write_text(_dump({**manifest, "files": checksums}))
+    for parent, _, names in os.walk(path, topdown=False):
+        for name in names:
+            files.sync(Path(parent, name))
+        files.sync(Path(parent))
+    path.rename(folder / str(step))
+    files.sync(folder)
+
+
+def read(folder: Path, step: int) -> Json:
+    """The manifest of a checkpoint, whose files are as it says.
+
+    Raises:
+        DamagedError: they aren't.
+        ValueError: another version has written it.
+    """
+    path = folder / str(step)
+    if path.is_symlink():
+        raise DamagedError("its folder is a symbolic link")
+    try:
+        text = (path / MANIFEST).read_text()
+        manifest = json.loads(text)
+        if _dump({name: value for name, value in manifest.items() if name != "checksum"}) != text:
+            raise DamagedError(f"{MANIFEST} doesn't have the checksum that it says")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} can't be read: {type(error).__name__}: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {step} is of format {manifest.get('format')!r}; this version reads {FORMAT}")
+    _check_form(manifest)
+    try:
+        sizes = _sizes(path)
+        for name, (size, checksum) in manifest["files"].items():
+            if name not in sizes:
+                raise DamagedError(f"{name} is missing")
+            if sizes[name] != size:
+                raise DamagedError(f"{name} doesn't have its {size} bytes")
+            if checksum is not None and _checksum(path / name, size) != checksum:
+                raise DamagedError(f"{name} has another content than was saved")
+    except OSError as error:
+        raise DamagedError(f"a file can't be read: {error}") from None
+    return manifest
+
+
+def remove(folder: Path, step: int) -> None:
+    """Removes a checkpoint, which counts for nothing from the first moment on."""
+    gone = (folder / str(step)).rename(unfinished(folder, step))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def set_aside(folder: Path, step: int) -> str:
+    """Renames a damaged checkpoint, so that it counts for nothing, and returns its new name."""
+    taken = set(aside(folder))
+    name = next(name for i in range(1, len(taken) + 2) if (name := f"{step}.damaged-{i}") not in taken)
+    (folder / str(step)).rename(folder / name)
+    files.sync(folder)
+    return name
+
+
+def kept(steps: Collection[int], scores: Mapping[int, float], *, keep: int, keep_every: int | None) -> set[int]:
+    """Which checkpoints to keep: the newest, every so many steps, and the one with the lowest score.
+
+    >>> sorted(kept([10, 20, 30, 40, 50], {20: 1.5, 30: 1.7}, keep=2, keep_every=None))
+    [20, 40, 50]
+    """
+    newest = set(sorted(steps)[-keep:])
+    now_and_then = {step for step in steps if keep_every and step % keep_every == 0}
+    scored = [step for step in steps if step in scores and not math.isnan(scores[step])]
+    return newest | now_and_then | ({min(scored, key=lambda step: (scores[step], -step))} if scored else set())
+
+
+def read_scores(folder: Path) -> dict[int, float]:
+    """The scores that were noted; none, if that can't be read."""
+    try:
+        return {int(step): float(score) for step, score in json.loads((folder / SCORES).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_scores(folder: Path, scores: Mapping[int, float]) -> None:
+    """Notes all scores."""
+    files.write_whole(folder / SCORES, json.dumps({str(step): score for step, score in sorted(scores.items())}))
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The size of each file in a folder, by its path within; what is neither file nor folder is refused."""
+    sizes: dict[str, int] = {}
+    for entry in _entries(path):
+        name, status = os.path.relpath(entry.path, path), entry.stat(follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{name} is neither a file nor a folder, but perhaps a link")
+        sizes[name] = status.st_size
+    return dict(sorted(sizes.items()))
+
+
+def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(Path(entry.path))
+            else:
+                yield entry
+
+
+def _checksum(path: Path, size: int) -> str | None:
+    return f"{zlib.crc32(path.read_bytes()):08x}" if size <= SMALL else None
+
+
+def _dump(manifest: Json) -> str:
+    """JSON whose last entry is a checksum of the others."""
+    return json.dumps({**manifest, "checksum": f"{zlib.crc32(json.dumps(manifest).encode()):08x}"}, indent=1)
+
+
+def _check_form(manifest: Json) -> None:
+    """Refuses what no version has written, so that nobody who reads it need be careful."""
+
+    def leaf(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and [type(part) for part in cast(list[Any], value)] == [str, list, str]
+            and all(type(size) is int and size >= 0 for size in value[1])
+        )
+
+    def file(value: Any) -> bool:
+        return isinstance(value, list) and [type(part) for part in cast(list[Any], value)] in (
+            [int, str],
+            [int, type(None)],
+        )
+
+    for name, fits in {"about": lambda _: True, "leaves": leaf, "files": file}.items():
+        part = manifest.get(name)
+        if not isinstance(part, dict):
+            raise DamagedError(f"{MANIFEST} has no {name}")
+        for key, value in cast(Json, part).items():
+            if not fits(value):
+                raise DamagedError(f"{MANIFEST} says something else than it should of {name}/{key}")

@@ -1,0 +1,138 @@
+"""Reading checkpoints: what is in them, and whether that is what was saved."""
+
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxlm import distributed
+from jaxlm.checkpoint import _folder
+from jaxlm.checkpoint._folder import DamagedError, Json
+from jaxlm.fingerprint import fingerprints
+from jaxlm.types import Params
+
+T = TypeVar("T")
+
+
+def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tuple[Params, Json]:
+    """The parameters in the newest checkpoint that is whole, on the first device, and what was said `about` them.
+
+    They must have been nested dicts of arrays, as those of jaxlm's models are. Each is held against its fingerprint.
+
+    Args:
+        folder: the folder of a run's checkpoints.
+        step: use this one and no other.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        RuntimeError: there are some, but none that isn't damaged.
+    """
+    folder = Path(folder).absolute()
+    steps = [found for found in reversed(_folder.whole(folder)) if step in (None, found)]
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for found in steps:
+        try:
+            manifest = _folder.read(folder, found)
+            loaded = load(folder / str(found), _nested(manifest["leaves"], sharding))
+            check(manifest, loaded)
+            return loaded["params"], manifest["about"]
+        except DamagedError as damage:
+            report_damage(found, str(damage))
+    raise RuntimeError(none_whole(folder, [*map(str, steps)]))
+
+
+def _nested(leaves: Json, sharding: jax.sharding.Sharding) -> Json:
+    """The shapes of the parameters as nested dicts, by the names of their leaves, and of nothing else."""
+    like: Json = {"params": {}}
+    for name, (dtype, shape, _) in leaves.items():
+        *parents, last = name.split("/")
+        if {"", ".", ".."} & {*parents, last}:
+            raise DamagedError(f"{name!r} is no name of a leaf")  # but perhaps of a file elsewhere
+        if name.startswith("params/"):
+            branch = like
+            try:
+                for parent in parents:
+                    branch = branch.setdefault(parent, {})
+                branch[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+            except (TypeError, AttributeError) as error:
+                raise DamagedError(f"{name} can't be a leaf: {error}") from None
+    return like
+
+
+def or_damage(work: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
+    """What a function returns, or what it finds damaged."""
+    try:
+        return work(*arguments), None
+    except DamagedError as damage:
+        return None, str(damage)
+
+
+def load(path: Path, like: Json) -> Json:
+    """The arrays in a checkpoint.
+
+    Args:
+        path: its folder.
+        like: their shapes and shardings.
+
+    Raises:
+        DamagedError: they can't be read.
+    """
+    context, own = ocp.Context(), jax.process_index()
+    # Each process reads for itself: Orbax would let those for which all is well wait for one that fails.
+    alone = context.multiprocessing_options
+    alone.primary_host, alone.active_processes, alone.barrier_sync_key_prefix = own, {own}, str(own)
+    try:
+        with context:
+            return ocp.load_checkpointables(str(path), like)
+    except Exception as error:
+        *_, root = chain = list(causes(error))
+        if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in chain):
+            raise  # an older one would fail too
+        damage = " ".join(f"{type(root).__name__}: {root}".split())[:300]
+        del error, root, chain
+    with warnings.catch_warnings(action="ignore"):  # about coroutines that Orbax began and now nobody waits for
+        gc.collect()
+    raise DamagedError(damage)
+
+
+def check(manifest: Json, loaded: Json) -> None:
+    """Refuses arrays that aren't what was saved, and names the first."""
+    for name, found in fingerprints(loaded).items():
+        saved = manifest["leaves"][name][2]
+        if found != saved:
+            raise DamagedError(f"{name} has the fingerprint {found}, and had {saved} when it was saved")
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what caused it, what caused that, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def report_damage(step: int, damage: str | None) -> None:
+    """Says so, once for all processes."""
+    if distributed.first():
+        report(f"checkpoint {step} is damaged and not used: {damage}")
+
+
+def report(text: str) -> None:
+    """Says something that the user should see, wherever standard output goes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def none_whole(folder: Path, names: list[str]) -> str:
+    """The message for where nothing can be restored."""
+    return (
+        f"{folder} has no checkpoint that is whole, but {', '.join(names)}; bring one back from a copy, or start anew "
+        "in another folder"
+    )

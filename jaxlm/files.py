@@ -1,0 +1,79 @@
+"""Files that are there whole or not at all, and folders that one process at a time writes to."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+LOCK: Final = ".lock"
+"""The file in a folder by which a process holds it."""
+
+_HELD: dict[tuple[int, Path], tuple[int, int]] = {}
+"""The open file of each lock of this process, by the process' id and the folder, and how often it was locked."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all, also if the power fails."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    sync(unfinished)
+    unfinished.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def lock(folder: Path) -> Callable[[], None]:
+    """Holds a folder for this process, which may do so again, until it has let go as often or ends, however it ends.
+
+    It is a lock of POSIX: the kernel releases it, network file systems pass it on, and children that are forked don't
+    inherit it.
+
+    Args:
+        folder: an existing one. It gets a file `.lock`, which stays; nobody should remove it.
+
+    Returns:
+        What lets go of it.
+
+    Raises:
+        RuntimeError: another process holds it, which is named.
+        OSError: the file system has no locks, or can't be written to.
+    """
+    key = os.getpid(), folder.resolve()
+    file, times = _HELD.get(key) or (_acquire(folder), 0)
+    _HELD[key] = file, times + 1
+
+    def release() -> None:
+        file, times = _HELD.pop(key)
+        if times > 1:
+            _HELD[key] = file, times - 1
+        else:
+            os.close(file)
+
+    return release
+
+
+def _acquire(folder: Path) -> int:
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BaseException as error:
+        holder = os.pread(file, 300, 0).decode(errors="replace") or "another process"
+        os.close(file)
+        if isinstance(error, BlockingIOError | PermissionError):
+            raise RuntimeError(
+                f"{folder} is in use by {holder}; wait until that ends, end it, or use another folder"
+            ) from None
+        raise
+    return file

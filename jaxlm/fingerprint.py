@@ -1,0 +1,75 @@
+"""A short number that is another one as soon as one bit of an array is, however the array lies on devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.tree import named_leaves
+
+
+def fingerprints(tree: Any) -> dict[str, str]:
+    """The fingerprint of each leaf by name: 16 hexadecimal digits, the same on any mesh and with any sharding.
+
+    Args:
+        tree: arrays, of one mesh; also keys of `jax.random.key`. All processes must call it.
+
+    >>> fingerprints({"a": jnp.zeros(2), "b": jnp.array([0.0, -0.0])})
+    {'a': '92ca2f0ef9fd5f75', 'b': 'bd12a56aa5692d2e'}
+    """
+    return read_fingerprints(begin_fingerprints(tree))
+
+
+def begin_fingerprints(tree: Any) -> dict[str, jax.Array]:
+    """The fingerprints as arrays that the devices have yet to compute: the tree may be donated at once.
+
+    An element's bits are mixed with its place by two bijections, and each is summed over all elements modulo 2^32,
+    which no order of adding changes. Whatever happens to one element of at most 32 bits is seen; other damage is missed
+    once in 2^64. Each device reads what it has once, and sends two numbers per leaf. Accidents are found, forgers not.
+    """
+    return _sums(named_leaves(tree))
+
+
+def read_fingerprints(sums: dict[str, jax.Array]) -> dict[str, str]:
+    """What `begin_fingerprints` began, once it is computed."""
+    return {name: "".join(f"{part:08x}" for part in np.asarray(pair)) for name, pair in jax.device_get(sums).items()}
+
+
+@jax.jit
+def _sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _sum(leaf) for name, leaf in leaves.items()}
+
+
+def _sum(leaf: jax.Array) -> jax.Array:
+    words = _words(leaf)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    one = _mix(words ^ (place * jnp.uint32(0x9E3779B9)))
+    other = _mix((words + jnp.uint32(0x7F4A7C15)) ^ _mix(place + jnp.uint32(1)))
+    # Both in one reduction: two sums XLA makes of arrays as large as the leaf, on a CPU at a fifteenth of the speed.
+    zeros = (np.uint32(0), np.uint32(0))
+    return jnp.stack(jax.lax.reduce((one, other), zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), range(words.ndim)))
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits of each element as one uint32, or as several along a last axis."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], -1)
+    if x.dtype.itemsize == 8:
+        return jax.lax.bitcast_convert_type(x, jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return x.astype(jnp.uint32)  # of other integers and booleans no two become the same
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """The last step of MurmurHash3: a bijection of 32 bits, each of which changes about half of the result."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

@@ -1,0 +1,70 @@
+"""A crafted checkpoint whose arrays are said to lie outside its folder isn't read from there."""
+
+import json
+import struct
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import checkpoint
+from jaxlm.checkpoint import _folder
+from jaxlm.types import TrainState
+
+zstandard = pytest.importorskip("zstandard")
+OWN = b"ocdbt.process_0/"
+
+
+def crc32c(content: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> int:
+    """Replaces bytes in a file of TensorStore's OCDBT, with length and checksum that fit; returns its size.
+
+    It has a magic number of 4 bytes, its length in 8, a version, how it is compressed, the content, and a CRC-32C.
+    """
+    before = path.read_bytes()
+    content = zstandard.ZstdDecompressor().decompressobj().decompress(before[14:-4])
+    assert old in content
+    packed = zstandard.ZstdCompressor().compress(content.replace(old, new))
+    after = before[:4] + struct.pack("<Q", 14 + len(packed) + 4) + before[12:14] + packed
+    path.write_bytes(after + struct.pack("<I", crc32c(after)))
+    return len(after) + 4
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | 128, number >> 7])
+
+
+@pytest.mark.parametrize("base", [OWN, b"../../../secret/", b"//tmp/../secret/"], ids=["own", "above", "root"])
+def test_arrays_are_read_from_the_checkpoint_alone(
+    base: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_folder, "SMALL", -1)
+    w = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
+    state = TrainState(jnp.zeros((), jnp.int32), {f"w{i}": jnp.asarray(w + i) for i in range(8)}, {"m": jnp.zeros(1)})
+    with checkpoint.Checkpoints(tmp_path / "c", {}) as checkpoints:
+        checkpoints.save(state)
+    params = tmp_path / "c" / "0" / "params"
+    (node,) = (params / "d").iterdir()
+    size = node.stat().st_size
+    rewrite(params / "manifest.ocdbt", varint(size), varint(rewrite(node, OWN, base)))
+    path = params.parent / _folder.MANIFEST
+    manifest = {**json.loads(path.read_text()), "files": {}}
+    del manifest["checksum"]
+    path.write_text(_folder._dump(manifest))
+    if base == OWN:  # so that it is not the way of rewriting that is refused
+        loaded, _ = checkpoint.load_params(tmp_path / "c")
+        np.testing.assert_array_equal(loaded["w3"], w + 3)
+        return
+    (params / OWN.decode()).rename(tmp_path / "secret")
+    with pytest.raises(RuntimeError, match="no checkpoint that is whole"):
+        checkpoint.load_params(tmp_path / "c")
+    assert "damaged and not used" in capsys.readouterr().err
