@@ -23,8 +23,7 @@ LONGEST_WAIT = 60  # seconds
 
 def newest(run: Path) -> int:
     """The step of the newest complete checkpoint; 0 if there is none."""
-    complete = run.glob("checkpoints/*/commit_success.txt")
-    return max((int(path.parent.name) for path in complete if path.parent.name.isdecimal()), default=0)
+    return max((int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal()), default=0)
 
 
 def supervise(run: Path, command: list[str]) -> int:

@@ -1,0 +1,162 @@
+"""Ends a small real run again and again, at random moments, and compares what it leaves with an undisturbed run's.
+
+A script: it prints a line of JSON per kill, and one at the end. Runs are forked from a process in which JAX has not
+begun, so that they needn't import everything anew; to each it is as if somebody had typed the same command again.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVE_EVERY = 150, 10
+SMALL: dict[str, Any] = {"layers": 1, "width": 16, "row_lengths": (32, 64), "tokens_per_batch": 256}
+PATIENCE = 120  # seconds for a whole run
+
+
+class Kill(NamedTuple):
+    """What is done to a run: a signal, some seconds after it began, or after it began to save for the n-th time."""
+
+    number: signal.Signals
+    save: int | None
+    seconds: float
+
+
+def import_pretrain() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "experiments" / "pretrain.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["pretrain"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def begin(pretrain: ModuleType, folder: Path, text: Path) -> int:
+    """Forks a run whose folder is `folder/runs/pretrain`."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.chdir(folder)
+        out = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        pretrain.main(pretrain.Config(text=str(text), steps=STEPS, save_every=SAVE_EVERY, **SMALL))
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
+
+
+def end(child: int, kill: Kill | None, run: Path) -> int:
+    """Waits for a run, and kills it in time; its exit code, negative for a signal."""
+    begun = time.monotonic()
+    saves, seen, since = 0, set(unfinished(run)), None if kill is None or kill.save else begun
+    while time.monotonic() - begun < PATIENCE:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        new = set(unfinished(run)) - seen
+        saves, seen = saves + len(new), seen | new
+        if kill and kill.save and saves == kill.save and since is None:
+            since = time.monotonic()
+        if kill and since is not None and time.monotonic() - since > kill.seconds:
+            os.kill(child, kill.number)
+            kill = None
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    raise TimeoutError((run.parents[1] / "said").read_text()[-2000:])
+
+
+def unfinished(run: Path) -> list[str]:
+    return [path.name for path in (run / "checkpoints").glob("*.unfinished")]
+
+
+def newest(run: Path) -> int:
+    """The step of the newest whole checkpoint; 0 if there is none."""
+    return max((int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdecimal()), default=0)
+
+
+def lines(path: Path) -> list[str]:
+    """Those that are whole."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+
+
+def result(run: Path) -> tuple[str, Any, Any]:
+    """What must be the same: the metrics of all steps, the results, and the fingerprints of the last state."""
+    manifest = json.loads((run / "checkpoints" / str(STEPS) / "jaxlm.json").read_text())
+    return (run / "metrics.jsonl").read_text(), json.loads((run / "results.json").read_text()), manifest["leaves"]
+
+
+def draw(rng: random.Random, seconds: float) -> Kill:
+    """Half of them during a save, others at any time; a quarter leave time to save."""
+    number = rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
+    if rng.random() < 0.5:
+        return Kill(number, rng.randint(1, 5), rng.uniform(0, 0.05))
+    return Kill(number, None, rng.uniform(0, seconds))
+
+
+def main(kills: int, seed: int, folder: Path) -> None:
+    os.environ["JAX_PLATFORMS"], os.environ["COLUMNS"] = "cpu", "200"
+    os.environ.setdefault("JAXLM_CACHE", str(ROOT / ".cache"))
+    pretrain, rng, text = import_pretrain(), random.Random(seed), folder / "text"
+    text.mkdir()
+    for i in range(80):
+        (text / f"{i}.txt").write_text("".join(f"{i * j % 17} times {j} " for j in range(i % 30 + 5)))
+    for name in ("first", "straight"):  # the first one compiles
+        (folder / name).mkdir()
+        begun, run = time.monotonic(), folder / name / "runs" / "pretrain"
+        assert end(begin(pretrain, folder / name, text), None, run) == 0, (folder / name / "said").read_text()
+    seconds, expected, done, finished = time.monotonic() - begun, result(run), 0, 0
+    while done < kills:
+        where = folder / f"run-{finished}"
+        run, saved, before = where / "runs" / "pretrain", 0, list[str]()
+        where.mkdir()
+        code = 1
+        while code:
+            kill = draw(rng, seconds) if done < kills else None
+            code = end(begin(pretrain, where, text), kill, run)
+            told = (where / "said").read_text()
+            assert code in (0, 75, -signal.SIGKILL, -signal.SIGTERM), told
+            # What a checkpoint was whole for is never computed again: its line of the clock is still the same.
+            assert lines(run / "timing.jsonl")[:saved] == before, (kill, saved)
+            assert newest(run) >= saved, (kill, saved)
+            saved = newest(run)
+            before = lines(run / "timing.jsonl")[:saved]
+            assert len(before) == saved, (kill, saved, len(before))
+            lost = len(lines(run / "metrics.jsonl")) - saved
+            if code == 75:
+                assert lost == 0, (kill, lost)
+            if code:
+                done += 1
+                asked = {"signal": kill.number.name, "during_save": kill.save is not None} if kill else {}
+                print(json.dumps({"kill": done, **asked, "code": code, "saved": saved, "lost": lost}), flush=True)
+        assert result(run) == expected, where
+        finished += 1
+        shutil.rmtree(where)
+    print(
+        json.dumps({"seed": seed, "kills": done, "runs": finished, "seconds_of_a_run": round(seconds, 2)}), flush=True
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        main(options.kills, options.seed, Path(temporary))
