@@ -63,16 +63,22 @@ def norm(tree: Any) -> jax.Array:
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))  # with a derivative of 0 at 0
 
 
-def vary_like(x: jax.Array, like: Any) -> jax.Array:
-    """`x`, which inside `jax.shard_map` may from here on differ among devices wherever an array of the type may.
+def vary_like(x: jax.Array, *like: Any) -> jax.Array:
+    """`x`, which inside `jax.shard_map` may from here on differ among devices wherever an array of these types may.
 
     Args:
         x: any array.
         like: what `jax.typeof` or `jax.eval_shape` returns.
     """
-    varying = getattr(like.manual_axis_type, "varying", frozenset[str]())
+    varying = frozenset[str]().union(*(getattr(one.manual_axis_type, "varying", ()) for one in like))
     missing = varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def vary_alike(*trees: Any) -> Any:
+    """Trees in which every array may differ among devices as any of them may."""
+    types = [jax.typeof(x) for x in jax.tree.leaves(trees)]
+    return jax.tree.map(lambda x: vary_like(x, *types), trees)
 
 
 def size(tree: Any) -> int:

@@ -11,8 +11,9 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Integer
 
+from jaxlm import tree
 from jaxlm.models.blockwise import blockwise as blockwise
-from jaxlm.models.blockwise import share, vary_alike, whole_rows
+from jaxlm.models.blockwise import share, whole_rows
 from jaxlm.models.masks import Mask, Window, causal
 
 Implementation = Callable[..., Array]
@@ -194,7 +195,7 @@ def _unchecked(run: Callable[..., Array]) -> Callable[..., Array]:
 
         whole = PartitionSpec()
         unchecked = jax.shard_map(traced, in_specs=whole, out_specs=whole, axis_names=set(), check_vma=False)
-        return lambda *arguments: vary_alike(arguments, unchecked(*arguments))[1]
+        return lambda *arguments: tree.vary_alike(arguments, unchecked(*arguments))[1]
 
     @jax.custom_vjp
     def called(q: Array, k: Array, v: Array, segments: Array | None) -> Array:

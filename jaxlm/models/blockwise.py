@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from jaxlm import tree
 from jaxlm.models import masks
 from jaxlm.models.masks import Mask
 
@@ -112,7 +113,7 @@ def blockwise(
     grouped, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, whole - length), (0, 0)]) for x in (grouped, k, v))
     if segments is not None:
         segments = jnp.pad(segments, ((0, 0), (0, whole - length)))
-    y: Any = _attend(_Static(mask, softcap, block), *vary_alike(grouped, k, v, segments))
+    y: Any = _attend(_Static(mask, softcap, block), *tree.vary_alike(grouped, k, v, segments))
     return jnp.moveaxis(y[..., :length, :], 3, 1).reshape(q.shape)
 
 
@@ -165,7 +166,7 @@ def _backward(static: _Static, kept: Any, dy: Groups) -> Any:
         ]
         return tuple(added), dq.astype(q.dtype)
 
-    sums: Any = (vary_alike(k, jnp.zeros(_blocks(k, static).shape, jnp.float32))[1],) * 2
+    sums: Any = (tree.vary_alike(k, jnp.zeros(_blocks(k, static).shape, jnp.float32))[1],) * 2
     dqs: list[Any] = []
     for part in _parts(static.mask, q.shape[3], static.block):
         divided = [_divide(x, part, static) for x in (q, dy, inner, log_sums)]
@@ -213,14 +214,3 @@ def _join(parts: list[Array]) -> Array:
     """The other way."""
     x = jnp.moveaxis(jnp.concatenate(parts), 0, -3)
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
-
-
-def vary_alike(*arrays: Any) -> Any:
-    """Where one differs between devices, inside `jax.shard_map`, all may."""
-    varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
-
-    def vary(x: Array) -> Array:
-        missing = tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, arrays)

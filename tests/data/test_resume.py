@@ -26,7 +26,7 @@ def batches_of(path: Path, share: tuple[Sequence[int], int] = ((0,), 1)) -> data
     ]
     plan = data.make_plan({name: corpus.lengths for name, corpus in corpora.items()}, stages, data.best_fit, seed=5)
     augment = [data.FillInTheMiddle(0.5, 258, 259, 260), data.TokenDropout(0.1, 0)]
-    return data.Batches(corpora, plan, COUNT, augment, share)
+    return data.Batches(corpora, plan, COUNT, augment, share=share)
 
 
 def digests(batches: data.Batches, start: int, count: int) -> list[list[str]]:

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 from typing import Any
 
@@ -197,6 +198,23 @@ def test_bfloat16_parameters_give_close_float32_logits(params: Any, logits: np.n
     assert rounded.dtype == np.float32
     # Each of some 20 products and sums on the way is rounded by at most 2**-8, in any direction.
     assert 2**-10 < np.std(rounded - logits) / np.std(logits) < 20**0.5 * 2**-8
+
+
+def test_in_bfloat16_the_gradients_of_the_logits_are_multiplied_in_bfloat16(params: Any):
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+
+    def gradient(params: Any) -> Any:
+        batch = {"tokens": TOKENS.astype(np.uint16)}
+        return jax.grad(lambda p: next_token(apply)(p, batch, jax.random.key(0))[0])(params)
+
+    pairs = re.findall(r"dot_general.*: \((.*?)\) ->", jax.jit(gradient).lower(narrow).as_text())
+    of_logits = [pair for pair in pairs if f"x{CONFIG.vocab}x" in pair]
+    assert len(of_logits) == 3
+    assert not any("f32" in pair for pair in of_logits)
+    found, expected = named_leaves(gradient(narrow)), named_leaves(gradient(params))
+    for name in ("head/kernel", "embed"):
+        error = np.linalg.norm(np.float32(found[name]) - expected[name]) / np.linalg.norm(expected[name])
+        assert 2**-10 < error < 40**0.5 * 2**-8, name  # some 20 products and sums on the way, twice
 
 
 def test_every_parameter_has_a_gradient(params: Any):
