@@ -6,6 +6,7 @@ cores. It writes runs/NAME/: metrics, checkpoints, and report.html to look at. C
 
 import dataclasses
 import itertools
+import json
 import lzma
 import shlex
 import sys
@@ -22,11 +23,16 @@ import tyro
 
 from jaxlm import checkpoint, data, distributed, grads, losses, metrics, models, optim, schedules, sharding, train
 from jaxlm.evaluate import compile_eval, evaluate
+from jaxlm.files import write_whole
 from jaxlm.generate import complete
+from jaxlm.nans import first_nan
+from jaxlm.precision import compute_in
 from jaxlm.report import write_report
+from jaxlm.watchdog import watching
 
 GLANCE = 16  # held-out batches evaluated during the run; at its end, all
-FREE = ("save_every", "microbatches", "zero", "mesh")  # what may change when a run goes on
+SPIKE = 100  # steps before and after a spike of the loss whose batches are left out, as in PaLM
+FREE = ("save_every", "microbatches", "zero", "mesh", "patience")  # what may change when a run goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,12 @@ class Config:
     """ZeRO's stage, 0 to 3: what is divided over devices rather than whole on each (docs/zero.md)."""
     mesh: tuple[int, int, int] = (1, -1, 1)
     """Devices along replica, data and model; -1: all that are left."""
+    spikes: float = 0.0
+    """Where the loss is so many standard deviations (such as 6) above those before: go back, leave out 200 batches."""
+    patience: float = 1800.0
+    """Seconds without progress after which a process that hangs is ended, and says where it was."""
+    debug_nans: int | None = None
+    """Only take this step of the run again, and say which operation makes the first NaN in its loss or gradient."""
     join: tuple[str, int, int] | None = None
     """HOST:PORT of process 0, how many there are, and which this is, where no launcher tells (experiments/launch)."""
     smoke: bool = False
@@ -65,6 +77,7 @@ def main(config: Config) -> None:
     folder, first, by_first = Path("runs") / config.name, distributed.first(), distributed.by_first
     config = dataclasses.replace(config, join=None)
     distributed.agree(**dataclasses.asdict(config))
+    config, debug = dataclasses.replace(config, debug_nans=None), config.debug_nans
     if config.smoke:
         config = dataclasses.replace(config, layers=1, width=16, steps=2)
         folder = Path(by_first(tempfile.mkdtemp)) / "smoke"
@@ -80,7 +93,8 @@ def main(config: Config) -> None:
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
     share, place = sharding.share(by_rows), partial(sharding.place, rows=by_rows)
-    batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), count=config.steps, share=share)
+    skips = by_first(lambda: json.loads(found.read_text()) if (found := folder / "skips.json").exists() else [])
+    batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), config.steps, skip=skips, share=share)
     unseen = data.Batches(heldout, data.bucket(heldout.lengths, *rows, passes=1), share=share)
     distributed.agree(data=batches.fingerprint)
     shape = models.TransformerConfig(
@@ -88,6 +102,7 @@ def main(config: Config) -> None:
     )
     dtype, slices = jnp.float32 if cpu else jnp.bfloat16, config.microbatches or 1 + (cpu and mesh.size == 1)
     init, apply = models.transformer(shape, unroll=True)
+    alone = jax.value_and_grad(compute_in(dtype, losses.next_token(apply)), has_aux=True)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     rules, shapes = models.tensor_parallel(shape), jax.eval_shape(init, init_key)
     layout = sharding.lay_out(shapes, mesh, zero=config.zero, rules=rules, stacked=models.stacked)
@@ -113,21 +128,48 @@ def main(config: Config) -> None:
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint}
     to, rates = folder if first else None, np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
-    with checkpoint.Checkpoints(folder / "checkpoints", about) as checkpoints, distributed.stop_signals() as stop:
+    hangs = watching(folder / f"stacks-{jax.process_index()}.txt", seconds=config.patience)
+    saved = checkpoint.Checkpoints(
+        folder / "checkpoints", about, keep=2 + bool(config.spikes) * SPIKE // config.save_every
+    )
+    with saved as checkpoints, distributed.stop_signals() as stop:
+        if debug is not None:
+            state = checkpoints.restore(state, until=debug - 1) or state
+            for i in range(int(state.step), debug - 1):
+                state, _ = step(state, place(batches[i]))
+            batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
+            key = jax.random.fold_in(step_key, debug - 1)
+            found = first_nan(alone, sharding.to_host(state.params), batch, key)
+            print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
+            return
         state = checkpoints.restore(state) or state
         done = int(state.step)
+        by_first(lambda: metrics.note_start(folder, done, data=batches.fingerprint, skips=skips))
         glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
         given = data.iterate(batches, start=done, place=place)
-        with closing(given), metrics.Log(to, done, steps=config.steps) as log:
-            for state, measured in train.fit(step, state, itertools.takewhile(lambda _: not stop(), log.timed(given))):
-                log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
-                done, glance = done + 1, {}
-                if done % config.save_every == 0 and done < config.steps:
-                    log.flush()
-                    checkpoints.save(state)
-                    glance = {"heldout": bits_per_byte(state.params, GLANCE)}
-                    checkpoints.score(done, glance["heldout"])
-                    log.restart_clock()
+        with closing(given), metrics.Log(to, done, steps=config.steps) as log, hangs as watch:
+            until_told = itertools.takewhile(lambda _: not stop(), log.timed(given))
+            taken = train.fit(step, state, watch.batches(until_told, done))
+            if config.spikes:
+                before = by_first(lambda: [line["loss"] for line in metrics.read_log(folder / "metrics.jsonl")])
+                taken = train.stop_at_spikes(taken, done, before=before, deviations=config.spikes)
+            try:
+                for state, measured in taken:
+                    log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
+                    done, glance = done + 1, {}
+                    if done % config.save_every == 0 and done < config.steps:
+                        watch(f"saving and evaluating step {done}")
+                        log.flush()
+                        checkpoints.save(state)
+                        glance = {"heldout": bits_per_byte(state.params, GLANCE)}
+                        checkpoints.score(done, glance["heldout"])
+                        log.restart_clock()
+            except train.LossSpikeError as spike:
+                back = checkpoints.rewind(spike.step - SPIKE)
+                skips = batches.without(back, spike.step + SPIKE).skip
+                by_first(lambda: write_whole(folder / "skips.json", json.dumps(skips)))
+                print(f"{spike}: back to step {back}, now without the batches {skips}. The same command goes on")
+                sys.exit(75)
         checkpoints.save(state)
     if done < config.steps:
         print(f"Stopped after step {done} and saved. To go on: {shlex.join([sys.executable, *sys.argv])}")

@@ -1,12 +1,16 @@
 """The record of a run: its configuration, source, versions, and a line of metrics for each step."""
 
 import collections
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +23,13 @@ from jaxlm import files
 
 T = TypeVar("T")
 
+SECRETS = (
+    re.compile(r"(://)[^/\s\"'@]+(?=@)"),
+    re.compile(
+        r"([?&][^=&\s\"']*(?:key|token|secret|signature|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE
+    ),
+)
+"""Of URLs: users and passwords, and parameters that stand for them."""
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -32,7 +43,8 @@ def open_run(
     """Makes the folder of a run, or checks that it is this run's if that has begun.
 
     The folder is held until the process ends: a second start is refused before it touches anything. It gets
-    `config.json`, `versions.json` and a copy of the source that made it; later `Log` adds to it.
+    `config.json` and a copy of the source that made it; later `note_start` and `Log` add to it. Passwords and tokens in
+    URLs are left out.
 
     Args:
         folder: where.
@@ -49,7 +61,7 @@ def open_run(
         OSError: the disk is full or can't be written to.
     """
     folder = Path(folder)
-    config = json.loads(json.dumps(config))
+    config = json.loads(_redacted(json.dumps(config)))
     folder.mkdir(parents=True, exist_ok=True)
     files.lock(folder)
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
@@ -71,9 +83,27 @@ def open_run(
             files.write_whole(folder / "config.json", json.dumps(config, indent=1))
         return folder
     shutil.copy(source, folder)
-    (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
     files.write_whole(folder / "config.json", json.dumps(config, indent=1))
     return folder
+
+
+def note_start(folder: str | os.PathLike[str], step: int, **about: Any) -> None:
+    """Adds a line to `starts.jsonl`: the command, a hash of jaxlm's and the experiment's sources, versions, devices.
+
+    Nothing of the environment is written. Call it in one process, each time that a run begins or goes on.
+
+    Args:
+        folder: the folder of the run.
+        step: from which it goes on.
+        about: what else a result depends on, as JSON, such as the fingerprint of its data.
+
+    Raises:
+        OSError: the disk is full or can't be written to.
+    """
+    path = Path(folder) / "starts.jsonl"
+    start = {"step": step, "command": shlex.join(sys.argv), "sources": _hash_of_sources(), **about, **versions()}
+    lines = [*read_log(path), json.loads(_redacted(json.dumps(start)))]
+    files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def versions() -> dict[str, Any]:
@@ -188,6 +218,18 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [line for line in lines if line["step"] <= step]
     files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
+
+
+def _hash_of_sources() -> str:
+    own = Path(__file__).parent
+    texts = [path.read_bytes() for path in (*sorted(own.rglob("*.py")), Path(sys.argv[0])) if path.is_file()]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+def _redacted(text: str) -> str:
+    for secret in SECRETS:
+        text = secret.sub(r"\1...", text)
+    return text
 
 
 def _installed(package: str) -> bool:

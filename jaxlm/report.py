@@ -34,7 +34,7 @@ def write_report(folder: Path, results: Mapping[str, str]) -> Path:
         The path of the page, which needs no other file.
     """
     lines, timing = read_log(folder / "metrics.jsonl"), read_log(folder / "timing.jsonl")
-    config, versions = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "versions"))
+    config, starts = json.loads((folder / "config.json").read_text()), read_log(folder / "starts.jsonl")
     title = html.escape(folder.name)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>
@@ -42,7 +42,7 @@ def write_report(folder: Path, results: Mapping[str, str]) -> Path:
 {_curves(lines, timing)}
 <h2>Sample</h2><pre>{html.escape(results.get("sample", ""))}</pre>
 <details><summary>Configuration</summary>{_table(config)}</details>
-<details><summary>Versions</summary>{_table(versions)}</details>
+<details><summary>Versions</summary>{_table(starts[-1] if starts else {})}</details>
 </html>
 """
     write_whole(folder / "results.json", json.dumps(results, indent=1))

@@ -149,8 +149,8 @@ def _check_finite(metrics: Metrics, step: int, in_a_row: int, patience: int) -> 
     if in_a_row == patience:
         raise FloatingPointError(
             f"fit: the loss or gradient of steps {first} to {step} isn't finite; their batches have the indices "
-            f"{first - 1} to {step - 1}. Look at these, take step {first} again under jax.debug_nans, or lower the "
-            "learning rate; a few such steps, optim.skip_nonfinite leaves out"
+            f"{first - 1} to {step - 1}. Look at these, find where step {first} makes a NaN by nans.first_nan, or "
+            "lower the learning rate; a few such steps, optim.skip_nonfinite leaves out"
         )
     return in_a_row
 

@@ -79,15 +79,15 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def watching(folder: str | os.PathLike[str], *, seconds: float | int) -> Generator[Watchdog]:
+def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generator[Watchdog]:
     """Ends this process by SIGABRT, and if that fails by SIGKILL, when it says nothing for so long.
 
-    It then names the last thing said, on stderr, and writes the stacks of all threads to `stacks.txt`, as it does for
-    a SIGSEGV or an abort of JAX's (faulthandler). Of a run of several processes the others then leave: see
+    It then names the last thing said, on stderr, and writes the stacks of all threads into a file, as it does for a
+    SIGSEGV or an abort of JAX's (faulthandler). Of a run of several processes the others then leave: see
     `distributed.leaving_together`.
 
     Args:
-        folder: where `stacks.txt` is to be; each process needs its own.
+        stacks: the file, which is there only if the process was ended so; each process needs its own.
         seconds: longer than anything that happens between two things said.
 
     Raises:
@@ -95,9 +95,9 @@ def watching(folder: str | os.PathLike[str], *, seconds: float | int) -> Generat
     """
     if not seconds > 0:
         raise ValueError(f"watching: seconds is {seconds}; use a number above 0")
-    path = Path(folder) / "stacks.txt"
-    with path.open("w") as stacks:
-        faulthandler.enable(stacks)
+    path = Path(stacks)
+    with path.open("w") as file:
+        faulthandler.enable(file)
         watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)],
             stdin=subprocess.PIPE,

@@ -204,6 +204,24 @@ def test_the_best_and_every_so_many_are_kept_also_by_a_run_that_goes_on(tmp_path
     assert same(params, state_at(15).params)
 
 
+def test_a_run_goes_back_and_an_earlier_step_can_be_restored(tmp_path: Path) -> None:
+    like = state_at(0)
+    with checkpoint.Checkpoints(tmp_path, ABOUT, keep=4) as checkpoints:
+        for step in (10, 20, 30, 40):
+            checkpoints.save(state_at(step))
+        for until, expected in ((None, 40), (39, 30), (30, 30), (10, 10)):
+            restored = checkpoints.restore(like, until=until)
+            assert restored is not None
+            assert same(restored, state_at(expected))
+        assert checkpoints.restore(like, until=9) is None
+        assert checkpoints.rewind(25) == checkpoints.latest == 20
+        checkpoints.save(state_at(21))
+        assert checkpoints.rewind(5) == 10  # the oldest, rather than none
+    assert names(tmp_path) == ["10"]
+    with checkpoint.Checkpoints(tmp_path / "empty", ABOUT) as checkpoints:
+        assert checkpoints.rewind(5) == 0
+
+
 @given(st.sets(st.integers(0, 50), min_size=1), st.dictionaries(st.integers(0, 50), st.floats()), st.integers(2, 5))
 def test_what_is_kept_has_the_newest_and_the_best(steps: set[int], scores: dict[int, float], keep: int) -> None:
     kept = _folder.kept(steps, scores, keep=keep, keep_every=None)

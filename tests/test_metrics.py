@@ -1,6 +1,7 @@
 """A run's record: the same lines however often the run was interrupted."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,13 +65,29 @@ def test_a_float32_survives_exactly(tmp_path: Path) -> None:
     assert jnp.float32(lines(tmp_path)[0]["loss"]) == value
 
 
+def test_each_start_is_noted_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hush")
+    monkeypatch.setattr(sys, "argv", ["a.py", "--text", "s3://me:hush@host/x?X-Amz-Signature=hush&part=2", "it's"])
+    for step in (0, 7):
+        metrics.note_start(tmp_path, step, data="f00")
+    written = (tmp_path / "starts.jsonl").read_text()
+    assert "hush" not in written
+    first, second = map(json.loads, written.splitlines())
+    assert first["command"] == """a.py --text 's3://...@host/x?X-Amz-Signature=...&part=2' 'it'"'"'s'"""
+    assert (first["step"], second["step"], second["data"], second["devices"][1]) == (0, 7, "f00", 8)
+    assert {**first, "step": 7} == second
+    config = {"text": "https://host/x?token=hush"}
+    folder = metrics.open_run(tmp_path / "run", config, __file__)
+    assert json.loads((folder / "config.json").read_text()) == {"text": "https://host/x?token=..."}
+    assert metrics.open_run(tmp_path / "run", config, __file__) == folder
+
+
 def test_a_run_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
     config = {"steps": 3, "rows": (1, 2), "text": None}
     source = Path(__file__)
     folder = metrics.open_run(tmp_path / "run", config, source)
     assert metrics.open_run(tmp_path / "run", config, source) == folder
     assert (folder / source.name).read_text() == source.read_text()
-    assert json.loads((folder / "versions.json").read_text())["devices"][1] == 8
     (folder / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="rows is \\[1, 2\\] there and \\[1, 3\\] here"):
         metrics.open_run(folder, {**config, "rows": (1, 3)}, source)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm import data, generate
+from jaxlm import data, generate, metrics
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "pretrain.py"
 SMALL = [
@@ -69,7 +70,11 @@ def wait_for_lines(log: Path, lines: int, process: subprocess.Popen[str]) -> Non
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+    ids=lambda number: number.name,
+)
 def test_interrupted_and_run_again_writes_the_same_metrics_and_compiles_nothing_once_begun(
     number: signal.Signals, straight: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +97,7 @@ def test_interrupted_and_run_again_writes_the_same_metrics_and_compiles_nothing_
     assert "Compiling" not in output[begun:ended]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(straight: Path, text: Path, tmp_path: Path) -> None:
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
     program = limit + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -139,10 +145,49 @@ def test_the_metrics_have_a_line_for_each_step_and_the_loss_falls(straight: Path
 def test_a_run_leaves_all_that_it_takes_to_repeat_it(straight: Path, text: Path) -> None:
     assert (straight / "pretrain.py").read_text() == SCRIPT.read_text()
     assert json.loads((straight / "config.json").read_text())["steps"] == 300
-    assert "jax" in json.loads((straight / "versions.json").read_text())
+    (begun,) = metrics.read_log(straight / "starts.jsonl")
+    assert begun["step"] == 0
+    assert begun.keys() > {"command", "sources", "data", "jax", "devices"}
     assert "<svg" in (straight / "report.html").read_text()
     output = finish(start(straight.parents[1], text, "--steps", "301"), 1)
     assert "belongs to another configuration: steps is 300 there and 301 here" in output
+
+
+@pytest.mark.slow
+def test_a_spike_is_gone_back_from_and_its_batches_left_out(text: Path, tmp_path: Path) -> None:
+    run, starts, code = tmp_path / "runs" / "pretrain", 0, 75
+    while code == 75 and starts < 8:
+        process = start(tmp_path, text, "--spikes=1")  # so few deviations are no spike, but serve as one
+        output, _ = process.communicate(timeout=300)
+        starts, code = starts + 1, process.returncode
+        assert code == 0 or "a standard deviation of" in output
+    assert code == 0
+    assert starts > 1
+    skips = json.loads((run / "skips.json").read_text())
+    noted = metrics.read_log(run / "starts.jsonl")
+    assert len(noted) == starts
+    assert noted[-1]["skips"] == skips
+    first_back = noted[1]["step"]
+    (skipped,) = noted[1]["skips"]
+    assert skipped[0] == first_back
+    assert skipped[1] > first_back + 100
+    assert [line["step"] for line in metrics.read_log(run / "metrics.jsonl")] == list(range(1, 301))
+
+
+def test_a_nan_is_found_by_the_number_of_its_step_alone(text: Path, tmp_path: Path) -> None:
+    wrong = ("--steps=40", "--learning-rate=1e30")
+    output = finish(start(tmp_path, text, *wrong), 1)
+    assert "the loss or gradient of steps 2 to 21 isn't finite" in output
+    run = tmp_path / "runs" / "pretrain"
+
+    def record() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in run.glob("[!.]*") if path.is_file()}
+
+    before = record()
+    output = finish(start(tmp_path, text, *wrong, "--debug-nans=2"))
+    assert re.search(r"Step 2, which takes batch 1: \w+, in the backward pass, .*jaxlm/.*\.py:\d+", output)
+    assert record() == before
+    assert "Step 1, which takes batch 0: no NaN" in finish(start(tmp_path, text, *wrong, "--debug-nans=1"))
 
 
 def test_several_devices_find_the_same(straight: Path, text: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ report = pytest.importorskip("jaxlm.report", exc_type=ImportError)
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = metrics.open_run(tmp_path / "run <1>", {"steps": 30, "text": "<script>"}, __file__)
+    metrics.note_start(folder, 0)
     with metrics.Log(folder, 0, steps=30) as log:
         for step in range(1, 31):
             glance = {"heldout": 8 / step} if step % 10 == 1 else {}

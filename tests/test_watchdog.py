@@ -28,7 +28,7 @@ from jaxlm.watchdog import watching
 def forever():
     yield {}
     time.sleep(100)
-with watching(sys.argv[2], seconds=float(sys.argv[3])) as watchdog:
+with watching(sys.argv[2] + "/stacks.txt", seconds=float(sys.argv[3])) as watchdog:
     for i in range(5):
         time.sleep(0.3)
         watchdog(f"at {i}")
@@ -58,12 +58,12 @@ def test_a_process_that_hangs_is_ended_and_says_where_it_was(how: str, tmp_path:
 
 
 def test_a_process_that_goes_on_is_left_alone_and_nothing_remains(tmp_path: Path) -> None:
-    with watching(tmp_path, seconds=1) as watchdog:
+    with watching(tmp_path / "stacks.txt", seconds=1) as watchdog:
         for i in range(7):
             time.sleep(0.3)
             watchdog(f"at {i}")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="seconds is 0"), watching(tmp_path, seconds=0):
+    with pytest.raises(ValueError, match="seconds is 0"), watching(tmp_path / "stacks.txt", seconds=0):
         pass
 
 
@@ -72,7 +72,7 @@ def test_the_watching_process_ends_with_what_it_watches_and_may_itself_be_killed
     if not children.exists():
         pytest.skip("needs /proc")
     before = set(children.read_text().split())
-    with watching(tmp_path, seconds=60) as watchdog:
+    with watching(tmp_path / "stacks.txt", seconds=60) as watchdog:
         (watcher,) = set(children.read_text().split()) - before
         os.kill(int(watcher), signal.SIGKILL)
         for _ in range(100_000):

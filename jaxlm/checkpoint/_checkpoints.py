@@ -194,7 +194,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             report(f"the score of checkpoint {step} was not written: {error}")
 
-    def restore(self, like: TrainState) -> TrainState | None:
+    def restore(self, like: TrainState, *, until: int | None = None) -> TrainState | None:
         """The state of the newest checkpoint that is whole; None if there never was one.
 
         Every leaf is held against its fingerprint. A damaged checkpoint is reported on stderr, with the leaf or the
@@ -202,6 +202,7 @@ class Checkpoints:
 
         Args:
             like: the state that is expected, or its shapes and shardings; the result lies on devices as it does.
+            until: the last step that will do.
 
         Raises:
             ValueError: the checkpoint is `about` something else, or holds other leaves, shapes or dtypes than `like`;
@@ -212,7 +213,7 @@ class Checkpoints:
         parts = _parts(like)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
         damaged: list[int] = []
-        for step in sorted(self._steps, reverse=True):
+        for step in sorted(step for step in self._steps if until is None or step <= until)[::-1]:
             manifest, damage = distributed.by_first(lambda step=step: or_damage(_folder.read, self._folder, step))
             if manifest is not None:
                 _check_same(step, _flat(manifest["about"]), _flat(self._about))
@@ -226,11 +227,30 @@ class Checkpoints:
                         return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
             report_damage(step, damage)
-        if names := [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]:
+        names = [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]
+        if names and until is None:
             raise RuntimeError(none_whole(self._folder, names))
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
             begin_fingerprints(parts)  # compiles now what would hold up the first save
         return None
+
+    def rewind(self, step: int) -> int:
+        """Removes the checkpoints after a step, but for the oldest of all, so that the run goes on from there.
+
+        Returns:
+            The step of the newest that is left; 0 if there is none.
+        """
+        self._settle()
+        oldest = min(self._steps, default=0)
+
+        def remove() -> list[int]:
+            for later in sorted(self._steps, reverse=True):
+                if later > max(step, oldest):
+                    _folder.remove(self._folder, later)
+            return _folder.whole(self._folder)
+
+        self._steps = set(distributed.by_first(remove))
+        return max(self._steps, default=0)
 
     def _set_aside(self, damaged: list[int]) -> list[int]:
         for step in damaged:

@@ -40,7 +40,7 @@ class Batches:
     """How many batches there are; None: all of the plan's."""
     augment: Sequence[Augment] = ()
     """What changes rows, one after another; its randomness depends on nothing but plan, batch and row."""
-    skip: Sequence[tuple[int, int]] = ()
+    skip: Sequence[Sequence[int]] = ()
     """Ranges `(begin, end)` of the plan's batches to leave out; what follows moves up. See `train.stop_at_spikes`."""
     share: tuple[Sequence[int], int] = ((0,), 1)
     """(parts, n): of each batch only these of n equal parts of its rows: a process its own, by `sharding.share`."""
@@ -157,6 +157,12 @@ class Batches:
         for begin, end in self.skip:
             index += end - begin if index >= begin else 0
         return index
+
+    def without(self, begin: int, end: int) -> "Batches":
+        """These batches but for those from index `begin` to before `end`, which those after them take the place of."""
+        first, after = self.planned(begin), self.planned(end - 1) + 1
+        others = [(i, j) for i, j in self.skip if not first <= i < after]
+        return dataclasses.replace(self, skip=sorted([*others, (first, after)]))
 
     @functools.cached_property
     def _corpora(self) -> Mapping[str, Corpus]:

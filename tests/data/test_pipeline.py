@@ -123,6 +123,10 @@ def test_what_is_skipped_is_left_out_and_the_rest_moves_up(corpus_path: Path) ->
     assert_same(some, [batches[i] for i in kept])
     assert [some.planned(i) for i in range(13)] == kept
     assert some.fingerprint == batches.fingerprint
+    fewer = dataclasses.replace(batches, count=12).without(3, 5).without(1, 2).without(2, 6)
+    assert [fewer.planned(i) for i in range(12)] == [0, 2, *range(9, 19)]
+    assert fewer.skip == [(1, 2), (3, 5), (5, 9)]
+    assert fewer.without(1, 3).skip == [(1, 2), (2, 10)]
     whole = one_pass(corpus_path)
     assert_same(dataclasses.replace(whole, skip=[(1, 3)]), [whole[i] for i in range(len(whole)) if i not in (1, 2)])
     with pytest.raises(ValueError, match=f"the plan has {len(whole) - 2} batches"):
