@@ -1,6 +1,8 @@
-"""Strict numerics, eight simulated devices, and one compile cache for all tests."""
+"""Strict numerics, eight simulated devices, one compile cache for all tests, and samples of large matrices of cases."""
 
+import collections
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +15,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is `sampled(n)` every n-th case isn't slow: which ones, depends on Python's version."""
+    counts = collections.Counter[str]()
+    for item in items:
+        if marker := item.get_closest_marker("sampled"):
+            test = item.nodeid.partition("[")[0]
+            if (counts[test] + sys.version_info.minor) % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            counts[test] += 1
+
 
 WORDS = b"the quick brown fox jumps over the lazy dog while seven wizards make toxic brew of jade and onyx ".split()
 

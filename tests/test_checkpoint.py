@@ -90,6 +90,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path: Path) -> None:
     assert same(restored, expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "optimizer", [optax.sgd(0.1), optax.adafactor(0.1), optax.chain(optax.clip(1.0), optax.lion(0.1))]
 )
@@ -100,6 +101,7 @@ def test_any_optimizer_state(optimizer: optax.GradientTransformation, tmp_path: 
         assert same(checkpoints.restore(state), state)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("zero", [0, 1, 3])
 @pytest.mark.parametrize("devices", [1, 4, 8])
 def test_restores_onto_any_mesh_and_stage_of_zero(zero: int, devices: int, tmp_path: Path) -> None:
@@ -117,6 +119,7 @@ def test_restores_onto_any_mesh_and_stage_of_zero(zero: int, devices: int, tmp_p
     assert same(jax.device_get(restored), jax.device_get(state))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("about", "change", "message"),
     [

@@ -331,6 +331,7 @@ def test_alone_nothing_changes(started: list[dict[str, Any]]) -> None:
         fail()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_one_process_stops_all_before_the_same_step(
     number: signal.Signals, victim: int, tmp_path: Path

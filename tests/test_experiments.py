@@ -10,8 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "--smoke" in path.read_text())
-SLOW = [*(ROOT / "experiments" / f"{name}.py" for name in ("attention", "lengths", "optimizers")), *BENCHMARKS]
-SCRIPTS = [pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else []) for path in [*EXPERIMENTS, *BENCHMARKS]]
 
 
 def run(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -20,7 +18,8 @@ def run(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [*EXPERIMENTS, *BENCHMARKS], ids=lambda script: script.stem)
 def test_runs_two_steps(script: Path, tmp_path: Path) -> None:
     done = run(script, "--smoke", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -67,6 +67,7 @@ def test_keys_have_the_fingerprint_of_their_data() -> None:
 AUTO, EXPLICIT = (AxisType.Auto,) * 2, (AxisType.Explicit,) * 2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4), (8, 1)], ids=str)
 @pytest.mark.parametrize("spec", [(), ("a",), (None, "b"), (("a", "b"),), ("b", "a")], ids=str)
@@ -80,6 +81,7 @@ def test_is_the_same_on_any_mesh_with_any_sharding(types: Any, shape: tuple[int,
     assert fingerprints(placed) == fingerprints(tree)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_a_state_has_the_same_with_any_stage_of_zero_and_no_device_gets_a_leaf(zero: int) -> None:
     init, _ = models.transformer(models.TransformerConfig(vocab=64, layers=2, width=64, heads=2))

@@ -73,6 +73,7 @@ def expected() -> Any:
     return (loss_sum, aux), grads
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("wrap", WRAPPED)
 def test_sums_are_those_of_the_whole_batch(wrap: str, expected: Any):
     found = jax.jit(wrapped(wrap, whole))(PARAMS, BATCH, KEY)

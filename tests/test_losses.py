@@ -199,6 +199,7 @@ def by_hand(weights: Any, *, z_loss: float = 0.0, label_smoothing: float = 0.0) 
     return sums, gradients
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("chunk", [None, 1, 5, 6, 23, 24])
@@ -281,6 +282,7 @@ def on_devices(mesh: dict[str, int], zero: int, config: TransformerConfig, param
     return jax.jit(grads.data_parallel(grad_fn, layout, microbatches=2)), jax.device_put(params, layout.params)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     ("mesh", "zero"),
@@ -298,6 +300,7 @@ def test_in_chunks_on_devices_is_all_at_once_on_one(mesh: dict[str, int], zero: 
     )
 
 
+@pytest.mark.sampled(2)
 def test_a_vocabulary_divided_over_the_model_axis_stays_divided():
     config, vocab = TransformerConfig(vocab=1024, layers=1, width=16, heads=2), 1024
     grad_fn, placed = on_devices({"data": 4, "model": 2}, 0, config, transformer(config)[0](KEY))

@@ -185,6 +185,7 @@ def alone() -> train.TrainState:
     return run(None, 4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("zero", "microbatches", "mesh"),
     [*((zero, k, "8") for zero in range(4) for k in (1, 4)), (0, 1, "4x2 model"), (3, 4, "4x2 model")],

@@ -106,6 +106,7 @@ TURNED = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("before", "name", "turned"), TURNED, ids=[f"{n}, {b}" for b, n, _ in TURNED])
 def test_a_knob_saves_what_is_said(before: dict[str, Any], name: str, turned: dict[str, Any]):
     found, then = memory(**before), memory(**before | turned)

@@ -192,6 +192,7 @@ def test_a_run_is_the_same_on_one_device_and_on_many(
     assert_close(run(OPTIMIZERS[name], lay_out(mesh, zero), microbatches), alone(name), name)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "zero", "mesh"),
     [
@@ -340,6 +341,7 @@ def test_parameters_travel_in_the_compute_dtype_and_gradients_in_float32(zero: i
         assert set(lines) == {dtype}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mesh", [*MESHES, "(2x4)", "(2x2x2)", "2x(2x2)"])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_what_is_described_is_what_is_compiled(zero: int, mesh: str):

@@ -93,6 +93,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 SIZES = {f"blocks of {size}": functools.partial(blockwise, block=size) for size in (5, 37, 64)}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("case", "implementation"),
     [*itertools.product(CASES, HERE.values()), *itertools.product(["window, segments"], SIZES.values())],

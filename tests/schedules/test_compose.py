@@ -152,6 +152,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("unit", "last", "ramp"), STAGES)
 def test_tokens_are_counted_exactly(unit: int, last: int, ramp: list[tuple[int, int]]) -> None:
     rng = random.Random(0)
