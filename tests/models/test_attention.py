@@ -327,6 +327,8 @@ def test_shapes_and_dtypes_that_cannot_be_done_are_refused():
         ("gpu", 4096, jnp.bfloat16, {"mask": masks.window(256)}, "cudnn"),
         ("gpu", 4096, jnp.bfloat16, {"mask": masks.bigbird(64)}, "blockwise"),
         ("gpu", 256, jnp.float32, {}, "dense"),
+        ("gpu", 2048, jnp.bfloat16, {"segments": True}, "dense"),
+        ("gpu", 4096, jnp.bfloat16, {"segments": True}, "blockwise"),
         ("gpu", 256, jnp.bfloat16, {"softcap": 9.0}, "dense"),
         ("tpu", 256, jnp.bfloat16, {"softcap": 9.0}, "splash"),
         ("tpu", 200, jnp.bfloat16, {}, "dense"),
@@ -343,5 +345,6 @@ def test_the_fastest_that_can_do_it_is_chosen(
     monkeypatch.setattr(module, "_has_flash_attention", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     shapes = (jax.ShapeDtypeStruct((1, length, n, 64), dtype) for n in (4, 2, 2))
+    options = {name: jnp.ones((1, length), int) if name == "segments" else x for name, x in options.items()}
     jax.eval_shape(lambda *x: attention(*x, **options), *shapes)
     assert chosen == [expected]
