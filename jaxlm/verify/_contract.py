@@ -21,8 +21,7 @@ GRADIENT: Final = "gradient/"
 
 MODEL_OPTIONS: Final[Options] = {
     "layers unrolled": {"unroll": True},
-    "remat of dots": {"wrap_layer": models.remat("dots")},
-    "remat of everything": {"wrap_layer": models.remat("full")},
+    "layers computed again": {"wrap_layer": models.remat("full")},
     "dense attention": {"implementation": models.attention.dense},
     "blockwise attention": {"implementation": functools.partial(models.attention.blockwise, block=16)},
 }
@@ -87,6 +86,7 @@ class Contract:
         """The loss of the model with some options."""
         return self.loss(self.model(**(model_options or {}))[1], **loss_options)
 
+    @functools.cached_property
     def params(self) -> Params:
         """Those that every run begins with."""
         return jax.jit(self.model()[0])(self.key)
@@ -95,6 +95,11 @@ class Contract:
         """The optimizer, for parameters that lie so."""
         made = self.optimizer
         return made if isinstance(made, optax.GradientTransformation) else made(layout)
+
+    @functools.cached_property
+    def plain_step(self) -> Step:
+        """The step that all others are compared with: one device, whole batches, no options."""
+        return self.step(gradient_of(self.loss_fn()), self.chain())
 
     def step(self, grad_fn: GradFn, optimizer: optax.GradientTransformation) -> Step:
         """A step whose metrics hold the mean's gradient too."""

@@ -50,16 +50,13 @@ def promises(contract: Contract) -> Iterator[Promise]:
 
 def plain(contract: Contract) -> Callable[[Params], Run]:
     """The run that all are compared with, from any parameters: one device, whole batches, as the plan has them."""
-    optimizer = contract.chain()
-    step = contract.step(gradient_of(contract.loss_fn()), optimizer)
-    return lambda params: _run(step, train.start(params, optimizer), contract.given)
+    return lambda params: _run(contract.plain_step, train.start(params, contract.chain()), contract.given)
 
 
 def resumed(contract: Contract) -> Run:
     """Saved half-way, and gone on with from nothing but the checkpoint and its step."""
-    optimizer, half = contract.chain(), len(contract.batches) // 2
-    step = contract.step(gradient_of(contract.loss_fn()), optimizer)
-    fresh = partial(train.start, contract.params(), optimizer)
+    step, half = contract.plain_step, len(contract.batches) // 2
+    fresh = partial(train.start, contract.params, contract.chain())
 
     def taken(folder: str) -> Iterator[tuple[TrainState, Metrics]]:
         with checkpoint.Checkpoints(folder, {}) as checkpoints:
@@ -80,7 +77,7 @@ def resumed(contract: Contract) -> Run:
 def alone(contract: Contract, grad_fn: GradFn, batches: Sequence[Batch] | None = None) -> Run:
     """On one device."""
     optimizer = contract.chain()
-    state = train.start(contract.params(), optimizer)
+    state = train.start(contract.params, optimizer)
     return _run(contract.step(grad_fn, optimizer), state, batches or contract.given)
 
 
@@ -91,7 +88,7 @@ def accumulated(contract: Contract, microbatches: int) -> Run:
 
 def divided(contract: Contract, zero: int, microbatches: int) -> Run:
     """On all devices of the mesh, with a stage of ZeRO."""
-    params = contract.params()
+    params = contract.params
     layout = sharding.lay_out(
         params, contract.mesh, zero=zero, rules=contract.rules, stacked=contract.stacked, tolerance=1.0
     )
@@ -122,7 +119,7 @@ def in_float16(contract: Contract) -> Run:
     """Computed in float16, with a scale of the loss that is found on the way."""
     optimizer = optim.dynamic_loss_scale(contract.chain())
     step = contract.step(gradient_of(precision.compute_in(jnp.float16, contract.loss_fn())), optimizer)
-    state = train.start(contract.params(), optimizer)
+    state = train.start(contract.params, optimizer)
 
     def taken() -> Iterator[tuple[TrainState, Metrics]]:
         """Steps that weren't skipped; those that were are taken again, with the scale that they left."""
