@@ -97,7 +97,7 @@ def main(config: Config) -> None:
     begun, passed = time.perf_counter(), True
     print(verify.HEADER)
     for result in verify.check(contract):
-        print(result, f"  {time.perf_counter()-begun:.1f}",flush=True)
+        print(result, f"  {time.perf_counter() - begun:.1f}", flush=True)
         passed = passed and result.passed
     print(f"\n{verify.origin(contract)}\n{time.perf_counter() - begun:.0f} s")
     sys.exit(not passed)

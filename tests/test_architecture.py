@@ -25,7 +25,18 @@ LAYERS = [
         "sharding",
         "distributed",
     ],
-    ["train", "watchdog", "preflight", "range_test", "evaluate", "checkpoint", "metrics", "generate", "report", "verify"],
+    [
+        "train",
+        "watchdog",
+        "preflight",
+        "range_test",
+        "evaluate",
+        "checkpoint",
+        "metrics",
+        "generate",
+        "report",
+        "verify",
+    ],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 WITHIN_A_LAYER = {

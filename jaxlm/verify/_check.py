@@ -90,18 +90,19 @@ def _sizes(contract: Contract) -> dict[str, float]:
     return {"rounding": contract.positions**0.5 * 2**-24, "float16": 2**-11}
 
 
+@jax.jit
+def _changed(params: Params, key: jax.Array, size: jax.typing.ArrayLike) -> Params:
+    """Every parameter by so much of itself more or less."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return structure.unflatten([(x * (1 + size * sign)).astype(x.dtype) for x, sign in zip(leaves, signs, strict=True)])
+
+
 def _sensitivity(run: Callable[[Params], Run], params: Params, expected: Run, size: float) -> dict[str, float]:
     """What is allowed: so many times the largest differences that changes of the parameters lead to."""
-
-    @jax.jit
-    def changed(key: jax.Array) -> Params:
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-        return structure.unflatten([x * (1 + size * sign) for x, sign in zip(leaves, signs, strict=True)])
-
     with jax.default_matmul_precision("highest"):
-        trials = [_differences(run(changed(jax.random.key(i))), expected) for i in range(TRIALS)]
+        trials = [_differences(run(_changed(params, jax.random.key(i), size)), expected) for i in range(TRIALS)]
     return {q: FACTOR * max(size, *(max(trial[q].values()) for trial in trials)) for q in QUANTITIES}
 
 

@@ -101,6 +101,10 @@ class Contract:
         """The step that all others are compared with: one device, whole batches, no options."""
         return self.step(gradient_of(self.loss_fn()), self.chain())
 
+    def start(self, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """A state on the first device of the mesh."""
+        return jax.device_put(train.start(params, optimizer), self.mesh.devices.flat[0])
+
     def step(self, grad_fn: GradFn, optimizer: optax.GradientTransformation) -> Step:
         """A step whose metrics hold the mean's gradient too."""
         return train.make_step(_with_gradient(grad_fn), optimizer, self.key)
@@ -162,4 +166,3 @@ def emptied(batch: Batch) -> Batch:
 def gradient_of(loss_fn: LossFn) -> GradFn:
     """The gradient function of a loss."""
     return jax.value_and_grad(loss_fn, has_aux=True)
-

@@ -38,8 +38,8 @@ def promises(contract: Contract) -> Iterator[Promise]:
         yield Promise(name, partial(divided, contract, zero, slices), "rounding")
     if not contract.batches.augment:
         yield Promise("one document a row", partial(one_a_row, contract, [longest]), "rounding")
-        shorter = sorted({-(-longest // 4), -(-longest // 2), longest})
-        yield Promise("one document a row, in buckets", partial(one_a_row, contract, shorter), "rounding")
+        buckets = [-(-longest // 2), longest]
+        yield Promise("one document a row, in buckets", partial(one_a_row, contract, buckets), "rounding")
     for name, options in contract.loss_options.items():
         yield Promise(name, partial(alone, contract, gradient_of(contract.loss_fn(**options))), "rounding")
     for name, options in contract.model_options.items():
@@ -50,13 +50,13 @@ def promises(contract: Contract) -> Iterator[Promise]:
 
 def plain(contract: Contract) -> Callable[[Params], Run]:
     """The run that all are compared with, from any parameters: one device, whole batches, as the plan has them."""
-    return lambda params: _run(contract.plain_step, train.start(params, contract.chain()), contract.given)
+    return lambda params: _run(contract.plain_step, contract.start(params, contract.chain()), contract.given)
 
 
 def resumed(contract: Contract) -> Run:
     """Saved half-way, and gone on with from nothing but the checkpoint and its step."""
     step, half = contract.plain_step, len(contract.batches) // 2
-    fresh = partial(train.start, contract.params, contract.chain())
+    fresh = partial(contract.start, contract.params, contract.chain())
 
     def taken(folder: str) -> Iterator[tuple[TrainState, Metrics]]:
         with checkpoint.Checkpoints(folder, {}) as checkpoints:
@@ -77,7 +77,7 @@ def resumed(contract: Contract) -> Run:
 def alone(contract: Contract, grad_fn: GradFn, batches: Sequence[Batch] | None = None) -> Run:
     """On one device."""
     optimizer = contract.chain()
-    state = train.start(contract.params, optimizer)
+    state = contract.start(contract.params, optimizer)
     return _run(contract.step(grad_fn, optimizer), state, batches or contract.given)
 
 
@@ -119,7 +119,7 @@ def in_float16(contract: Contract) -> Run:
     """Computed in float16, with a scale of the loss that is found on the way."""
     optimizer = optim.dynamic_loss_scale(contract.chain())
     step = contract.step(gradient_of(precision.compute_in(jnp.float16, contract.loss_fn())), optimizer)
-    state = train.start(contract.params, optimizer)
+    state = contract.start(contract.params, optimizer)
 
     def taken() -> Iterator[tuple[TrainState, Metrics]]:
         """Steps that weren't skipped; those that were are taken again, with the scale that they left."""
