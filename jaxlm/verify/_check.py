@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.types import Params

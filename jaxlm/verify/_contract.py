@@ -131,7 +131,7 @@ def follow(state: TrainState, taken: Iterable[tuple[TrainState, Metrics]]) -> Ru
         taken: what `train.fit` returns, its metrics those of `Contract.step`.
     """
     first, losses, gradient = _leaves(state.params), list[float](), Leaves()
-    for state, metrics in taken:
+    for state, metrics in taken:  # noqa: B007
         if not losses:
             found = {name: x for name, x in metrics.items() if name.startswith(GRADIENT)}
             gradient = {name.removeprefix(GRADIENT): x for name, x in _leaves(found).items()}
