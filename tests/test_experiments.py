@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "--smoke" in path.read_text())
-SLOW = [*(ROOT / "experiments" / f"{name}.py" for name in ("attention", "lengths", "optimizers")), *BENCHMARKS]
+SLOW = [
+    *(ROOT / "experiments" / f"{name}.py" for name in ("attention", "lengths", "optimizers", "verify")),
+    *BENCHMARKS,
+]
 SCRIPTS = [pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else []) for path in [*EXPERIMENTS, *BENCHMARKS]]
 
 

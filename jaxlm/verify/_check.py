@@ -10,7 +10,7 @@ from jaxlm.types import Params
 from jaxlm.verify._contract import Contract, Leaves, Run
 from jaxlm.verify._ways import plain, promises
 
-QUANTITIES: Final = "loss", "gradient", "parameters"
+QUANTITIES: Final[tuple[str, ...]] = "loss", "gradient", "parameters"
 FACTOR: Final = 4
 """How many times as much as the trials found is allowed."""
 TRIALS: Final = 3
@@ -59,17 +59,15 @@ def check(contract: Contract) -> Iterator[Result]:
         expected = run(params)
     if not np.isfinite(expected.losses).all():
         raise ValueError(f"verify: the losses of the plain run are {expected.losses}; lower the learning rate")
-    exact = dict.fromkeys(QUANTITIES, 0.0)
-    allowed = {"exact": exact}
+    allowed = {"exact": dict.fromkeys(QUANTITIES, 0.0)}
     for name, size in _sizes(contract).items():
         allowed[name] = _sensitivity(run, params, expected, size)
     for promise in promises(contract):
         with jax.default_matmul_precision("highest"):
             found = promise.run()
-        if promise.within == "exact":  # all of the state is, not only the parameters
-            yield _compare(promise.name, _whole(found), _whole(expected), exact, "exact")
-        else:
-            yield _compare(promise.name, found, expected, allowed[promise.within], promise.within)
+        # Exact is all of the state, not only the parameters.
+        compared = map(_whole, (found, expected)) if promise.within == "exact" else (found, expected)
+        yield _compare(promise.name, *compared, allowed[promise.within], promise.within)
 
 
 def origin(contract: Contract) -> str:
