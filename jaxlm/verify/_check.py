@@ -35,12 +35,12 @@ class Result(NamedTuple):
 
     def __str__(self) -> str:
         numbers = "".join(f"{self.found[q]:>10.1e}{self.allowed[q]:>9.1e}" for q in QUANTITIES)
-        return f"{self.name:<32}{numbers}  {self.within:<9} " + (f"FAIL: {self.first}" if self.first else "pass")
+        return f"{self.name:<34}{numbers}  {self.within:<9} " + (f"FAIL: {self.first}" if self.first else "pass")
 
 
 HEADER: Final = (
-    f"{'relative difference of':<32}" + "".join(f"{q:>19}" for q in QUANTITIES) + "\n"
-    f"{'from one device, whole batches':<32}" + len(QUANTITIES) * f"{'found':>10}{'allowed':>9}" + "  because of"
+    f"{'relative difference of':<34}" + "".join(f"{q:>19}" for q in QUANTITIES) + "\n"
+    f"{'from one device, whole batches':<34}" + len(QUANTITIES) * f"{'found':>10}{'allowed':>9}" + "  because of"
 )
 
 
@@ -59,15 +59,15 @@ def check(contract: Contract) -> Iterator[Result]:
         expected = run(params)
     if not np.isfinite(expected.losses).all():
         raise ValueError(f"verify: the losses of the plain run are {expected.losses}; lower the learning rate")
-    allowed = {"exact": dict.fromkeys(QUANTITIES, 0.0)}
+    allowed: dict[str, dict[str, float]] = {"exact": dict.fromkeys(QUANTITIES, 0.0)}
     for name, size in _sizes(contract).items():
         allowed[name] = _sensitivity(run, params, expected, size)
     for promise in promises(contract):
         with jax.default_matmul_precision("highest"):
             found = promise.run()
         # Exact is all of the state, not only the parameters.
-        compared = map(_whole, (found, expected)) if promise.within == "exact" else (found, expected)
-        yield _compare(promise.name, *compared, allowed[promise.within], promise.within)
+        pair = (_whole(found), _whole(expected)) if promise.within == "exact" else (found, expected)
+        yield _compare(promise.name, *pair, allowed[promise.within], promise.within)
 
 
 def origin(contract: Contract) -> str:
