@@ -9,7 +9,7 @@ ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda12)
 PACKAGES = -r requirements.lock $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check format lint types test test-all faults smoke oracle bench audit docs lock
+.PHONY: help setup train check format lint types test test-all faults smoke verify oracle bench audit docs lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -52,6 +52,9 @@ faults: setup ## damage, full disks and SIGKILL at every call of a save: some fi
 
 smoke: setup ## every experiment and benchmark, two steps each
 	$(BIN)/pytest tests/test_experiments.py -m "" $(ARGS)
+
+verify: setup ## that a small experiment is the same however it is computed (ARGS="--optimizer muon")
+	@$(BIN)/python experiments/verify.py $(ARGS)
 
 oracle: setup ## the optimizers against PyTorch's, which this installs
 	@$(BIN)/uv pip install -q --python $(BIN)/python -e ".[oracle]"

@@ -23,6 +23,7 @@ from jaxlm import sharding as sharding
 from jaxlm import stages as stages
 from jaxlm import train as train
 from jaxlm import tree as tree
+from jaxlm import verify as verify
 from jaxlm import watchdog as watchdog
 from jaxlm.types import Aux as Aux
 from jaxlm.types import Batch as Batch

@@ -25,13 +25,26 @@ LAYERS = [
         "sharding",
         "distributed",
     ],
-    ["train", "watchdog", "preflight", "range_test", "evaluate", "checkpoint", "metrics", "generate", "report"],
+    [
+        "train",
+        "watchdog",
+        "preflight",
+        "range_test",
+        "evaluate",
+        "checkpoint",
+        "metrics",
+        "generate",
+        "report",
+        "verify",
+    ],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 WITHIN_A_LAYER = {
     ("generate", "checkpoint"),
     ("report", "metrics"),
     ("range_test", "train"),
+    ("verify", "train"),
+    ("verify", "checkpoint"),
     ("grads", "sharding"),
     ("sharding", "hlo"),
     ("fingerprint", "tree"),
