@@ -47,9 +47,9 @@ HEADER: Final = (
 def check(contract: Contract) -> Iterator[Result]:
     """Computes in every way what must be the same, and compares, one after another.
 
-    Each difference is an L2 norm, of a leaf, over that of the plain run's leaf. In another order sums round otherwise,
-    and what that leads to is the experiment's own: an optimizer that takes signs makes much of little. So it's tried
-    out, see `origin`. Products of matrices are computed in float32 proper, also where the default is less.
+    Each difference is the mean absolute one of a leaf, over the mean absolute value in the plain run. In another order
+    sums round otherwise, and what that leads to is the experiment's own: an optimizer that takes signs makes much of
+    little. So it's tried out, see `origin`. Products of matrices are computed in float32 proper, also where the default is less.
 
     Raises:
         ValueError: the plain run itself isn't finite; what a way refuses, such as rows that devices don't divide.
