@@ -49,7 +49,8 @@ def check(contract: Contract) -> Iterator[Result]:
 
     Each difference is the mean absolute one of a leaf, over the mean absolute value in the plain run. In another order
     sums round otherwise, and what that leads to is the experiment's own: an optimizer that takes signs makes much of
-    little. So it's tried out, see `origin`. Products of matrices are computed in float32 proper, also where the default is less.
+    little. So it's tried out, see `origin`. Products of matrices are computed in float32 proper, also where the default
+    is less.
 
     Raises:
         ValueError: the plain run itself isn't finite; what a way refuses, such as rows that devices don't divide.
