@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from jaxlm.checkpoint import load_params
-from jaxlm.data.tokenizers import Tokenizer, tokenizer_of
+from jaxlm.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
 from jaxlm.models import TransformerConfig, empty_cache, masks, transformer
+from jaxlm.tree import named_leaves
 from jaxlm.types import Params
 
 
@@ -97,14 +98,20 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Param
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
-        ValueError: its model or its tokenizer is unknown to this version.
+        RuntimeError: there are checkpoints, but none that isn't damaged.
+        ValueError: its model or its tokenizer is unknown to this version, or its parameters aren't those of its model.
     """
     params, about = load_params(folder)
     try:
         config, name = TransformerConfig(**about["model"]), about["tokenizer"]
-    except (KeyError, TypeError) as error:
+        expected = jax.eval_shape(transformer(config)[0], jax.random.key(0))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} has no model of this version: {error}") from None
-    tokenizer = tokenizer_of(folder if (Path(folder) / "tokenizer.json").is_file() else name)
+    shapes, wanted = ({n: leaf.shape for n, leaf in named_leaves(tree).items()} for tree in (params, expected))
+    for leaf in {**wanted, **shapes}:
+        if shapes.get(leaf) != wanted.get(leaf):
+            raise ValueError(f"{folder} has {leaf} {shapes.get(leaf)}, and its model {wanted.get(leaf)}")
+    tokenizer = tokenizer_of(folder) if (Path(folder) / "tokenizer.json").is_file() else ByteTokenizer()
     if tokenizer.name != name:
         raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name}")
     return config, params, tokenizer

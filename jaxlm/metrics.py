@@ -44,7 +44,8 @@ def open_run(
         The folder.
 
     Raises:
-        ValueError: the folder belongs to a run with another configuration; the first difference is named.
+        ValueError: the folder belongs to a run with another configuration, and the first difference is named; or its
+            record of that is damaged.
         RuntimeError: another process holds the folder.
         OSError: the disk is full or can't be written to.
     """
@@ -60,7 +61,7 @@ def open_run(
             elif path.name != files.LOCK:
                 path.unlink()
     if (folder / "config.json").exists():
-        saved = json.loads((folder / "config.json").read_text())
+        saved = files.read_json(folder / "config.json")
         for name in {**saved, **config}:
             if saved.get(name) != config.get(name) and name not in free:
                 raise ValueError(
@@ -94,6 +95,9 @@ class Log:
         folder: the folder of the run; None: nothing is kept or shown, as in all processes of a run but the first.
         step: the step from which the run goes on: lines of later ones, written after the checkpoint, are removed.
         steps: the number of steps of the whole run.
+
+    Raises:
+        ValueError: a line that is there is damaged.
     """
 
     def __init__(self, folder: Path | None, step: int, *, steps: int):
@@ -176,11 +180,29 @@ class Log:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a file that `Log` wrote, but for a last one that was cut off."""
+    """The lines of a file that `Log` wrote, but for a last one that was cut off: numbers by name, and their `step`.
+
+    Raises:
+        ValueError: a line is damaged, and named.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        where = f"{path}: line {number}"
+        try:
+            values = files.parse_json(line, where)
+            if type(values.get("step")) is not int or not all(map(_is_number, values.values())):
+                raise ValueError(f"{where} is damaged: it isn't a step and numbers")
+        except ValueError as error:
+            raise ValueError(f"{error}; remove the line to go on without it") from None
+        found.append(values)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
 
+from jaxlm import files
 from jaxlm.data._optional import optional
 
 END = "<|endoftext|>"
@@ -197,7 +198,9 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     if os.fspath(name) == ByteTokenizer.name:
         return ByteTokenizer()
     manifest = path / "manifest.json"
-    wanted = json.loads(manifest.read_bytes())["tokenizer"] if manifest.is_file() else None
+    wanted = files.read_json(manifest).get("tokenizer") if manifest.is_file() else None
+    if not isinstance(wanted, str | None):
+        raise ValueError(f"{manifest} is damaged: its tokenizer is {wanted!r:.80}")
     if wanted == ByteTokenizer.name:
         return ByteTokenizer()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -235,8 +238,11 @@ def write_file(path: Path, content: str) -> None:
 
 def _end_beside(file: Path) -> str:
     config = file.parent / "tokenizer_config.json"
-    found = json.loads(read_file(config)).get("eos_token") if config.is_file() else None
-    return (found["content"] if isinstance(found, dict) else found) or END
+    found = files.read_json(config).get("eos_token") if config.is_file() else None
+    content = cast(dict[str, Any], found).get("content") if isinstance(found, dict) else found
+    if not isinstance(content, str | None):
+        raise ValueError(f"{config} is damaged: its eos_token is {found!r:.80}")
+    return content or END
 
 
 def read_file(path: Path) -> bytes:
