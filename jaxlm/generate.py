@@ -104,13 +104,15 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Param
     params, about = load_params(folder)
     try:
         config, name = TransformerConfig(**about["model"]), about["tokenizer"]
-        expected = jax.eval_shape(transformer(config)[0], jax.random.key(0))
+        init, apply = transformer(config)
+        expected = jax.eval_shape(init, jax.random.key(0))
+        found, wanted = ({n: leaf.shape for n, leaf in named_leaves(tree).items()} for tree in (params, expected))
+        for leaf in {**wanted, **found}:
+            if found.get(leaf) != wanted.get(leaf):
+                raise ValueError(f"its {leaf} has the shape {found.get(leaf)}, and not {wanted.get(leaf)}")
+        jax.eval_shape(apply, expected, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} has no model of this version: {error}") from None
-    shapes, wanted = ({n: leaf.shape for n, leaf in named_leaves(tree).items()} for tree in (params, expected))
-    for leaf in {**wanted, **shapes}:
-        if shapes.get(leaf) != wanted.get(leaf):
-            raise ValueError(f"{folder} has {leaf} {shapes.get(leaf)}, and its model {wanted.get(leaf)}")
+        raise ValueError(f"{folder} has no model of this version: {type(error).__name__}: {error!s:.300}") from None
     tokenizer = tokenizer_of(folder) if (Path(folder) / "tokenizer.json").is_file() else ByteTokenizer()
     if tokenizer.name != name:
         raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name}")
