@@ -1,4 +1,4 @@
-"""Lets the system fail at every call of a save, damages checkpoints in every way, kills runs; counts what became of them.
+"""Lets the system fail at every call of a save, damages checkpoints in every way, kills runs; counts what comes of it.
 
 Nothing is timed: what counts is that no trial goes wrong. See tests/faults, whose scripts it runs.
 """

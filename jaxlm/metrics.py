@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from jaxlm import files
 
 T = TypeVar("T")
 
+ROOM = 2**20
+"""Bytes of lines that are kept while the disk is full: some thousand steps."""
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -65,8 +68,8 @@ def open_run(
         for name in {**saved, **config}:
             if saved.get(name) != config.get(name) and name not in free:
                 raise ValueError(
-                    f"{folder} belongs to another configuration: {name} is {saved.get(name)!r} there and "
-                    f"{config.get(name)!r} here; give the run another name or delete the folder"
+                    f"{folder} belongs to another configuration: {name} is {saved.get(name)!r:.200} there and "
+                    f"{config.get(name)!r:.200} here; give the run another name or delete the folder"
                 )
         if saved != config:
             files.write_whole(folder / "config.json", json.dumps(config, indent=1))
@@ -89,7 +92,8 @@ class Log:
     interrupted a run is repeated, and `timing.jsonl`, the seconds that each step took and waited for its batch.
 
     Metrics are read one step late, so that the device always has a next step to go on with. The newest are shown in a
-    progress line. Close the log when done, or use it in a `with` statement.
+    progress line. While the disk is full, lines stay in memory. Close the log when done, or use it in a `with`
+    statement.
 
     Args:
         folder: the folder of the run; None: nothing is kept or shown, as in all processes of a run but the first.
@@ -98,12 +102,14 @@ class Log:
 
     Raises:
         ValueError: a line that is there is damaged.
+        OSError: later, the disk is full and so is the memory for lines, or it is full when the log is closed.
     """
 
     def __init__(self, folder: Path | None, step: int, *, steps: int):
         paths = [folder / "metrics.jsonl", folder / "timing.jsonl"] if folder else []
         kept = [_keep_until(path, step) for path in paths]
-        self._files = [path.open("a") for path in paths]
+        self._files = [path.open("ab", ROOM) for path in paths]
+        self._failed = False
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._last = time.perf_counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
@@ -145,12 +151,22 @@ class Log:
         now, waited, self._waited = time.perf_counter(), self._waited, 0.0
         timing = {"seconds": round(now - self._last, 6), "waited": round(waited, 6)}
         for file, line in zip(self._files, (values, timing), strict=True):
-            file.write(json.dumps({"step": step, **line}) + "\n")
-            file.flush()
+            file.write((json.dumps({"step": step, **line}) + "\n").encode())
+        self._write_out()
         self._recent.append((values.get("weight", 0.0), now - self._last))
         self._last = now
         self._latest |= values
         self._show(step, in_full="heldout" in values)
+
+    def _write_out(self) -> None:
+        failed, self._failed = self._failed, False
+        for file in self._files:
+            try:
+                file.flush()  # what it can't write it keeps
+            except OSError as error:
+                if not failed and not self._failed:
+                    print(f"metrics stay in memory for now: {file.name}: {error.strerror}", file=sys.stderr, flush=True)
+                self._failed = True
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time that each is waited for is noted beside its step's."""

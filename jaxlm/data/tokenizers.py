@@ -128,7 +128,7 @@ class SubwordTokenizer:
         except ImportError:
             raise
         except Exception as error:  # it raises nothing more precise
-            raise ValueError(f"this is not the JSON of a tokenizer: {error}") from None
+            raise ValueError(f"this is not the JSON of a tokenizer: {error!s:.300}") from None
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True
@@ -217,7 +217,7 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if wanted not in (None, found.name):
-        raise ValueError(f"{file} is {found.name}, and the corpus was written with {wanted}; write the corpus again")
+        raise ValueError(f"{file} is {found.name}, and the corpus was written with {wanted:.80}; write the corpus again")
     return found
 
 

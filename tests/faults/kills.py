@@ -110,13 +110,21 @@ def draw(rng: random.Random, number: signal.Signals, seconds: float) -> Kill:
     return Kill(number, None, rng.uniform(0, seconds))
 
 
-def main(kills: int, seed: int, folder: Path) -> None:
+def prepare() -> None:
     os.environ["JAX_PLATFORMS"], os.environ["COLUMNS"] = "cpu", "200"
     os.environ.setdefault("JAXLM_CACHE", str(ROOT / ".cache"))
-    pretrain, rng, text = import_pretrain(), random.Random(seed), folder / "text"
-    text.mkdir()
+
+
+def write_text(folder: Path) -> Path:
+    folder.mkdir()
     for i in range(80):
-        (text / f"{i}.txt").write_text("".join(f"{i * j % 17} times {j} " for j in range(i % 30 + 5)))
+        (folder / f"{i}.txt").write_text("".join(f"{i * j % 17} times {j} " for j in range(i % 30 + 5)))
+    return folder
+
+
+def main(kills: int, seed: int, folder: Path) -> None:
+    prepare()
+    pretrain, rng, text = import_pretrain(), random.Random(seed), write_text(folder / "text")
     for name in ("first", "straight"):  # the first one compiles
         (folder / name).mkdir()
         run = folder / name / "runs" / "pretrain"
