@@ -110,10 +110,11 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Param
         for leaf in {**wanted, **found}:
             if found.get(leaf) != wanted.get(leaf):
                 raise ValueError(f"its {leaf} has the shape {found.get(leaf)}, and not {wanted.get(leaf)}")
-        jax.eval_shape(apply, expected, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+        with np.errstate(over="raise"):
+            jax.eval_shape(apply, expected, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} has no model of this version: {type(error).__name__}: {error!s:.300}") from None
     tokenizer = tokenizer_of(folder) if (Path(folder) / "tokenizer.json").is_file() else ByteTokenizer()
     if tokenizer.name != name:
-        raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name}")
+        raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name!s:.80}")
     return config, params, tokenizer

@@ -33,7 +33,7 @@ def fill(ballast: Path, free: int) -> None:
 
 def trial(pretrain: kills.ModuleType, disk: Path, text: Path, free: int) -> tuple[int, int]:
     """A run on the disk, which is full from after step 20 until a save has failed: how many did, how often it ended."""
-    run, ballast, told = disk / "runs" / "pretrain", disk / "ballast", disk.with_name(f"said-{free}")
+    run, ballast, told = disk / "runs" / "pretrain", disk / "ballast", disk.with_name(f"{disk.name}-said")
     told.touch()
     (disk / "said").symlink_to(told)
     child, begun, whole = kills.begin(pretrain, disk, text), time.monotonic(), 0
