@@ -68,7 +68,7 @@ def open_run(
         for name in {**saved, **config}:
             if saved.get(name) != config.get(name) and name not in free:
                 raise ValueError(
-                    f"{folder} belongs to another configuration: {name} is {saved.get(name)!r:.200} there and "
+                    f"{folder} belongs to another configuration: {name:.80} is {saved.get(name)!r:.200} there and "
                     f"{config.get(name)!r:.200} here; give the run another name or delete the folder"
                 )
         if saved != config:

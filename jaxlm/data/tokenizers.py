@@ -89,7 +89,9 @@ class SubwordTokenizer:
     def __post_init__(self) -> None:
         if self.end_token not in self._ids:
             special = [token.content for token in self._model.get_added_tokens_decoder().values()]
-            raise ValueError(f"the tokenizer has no token {self.end_token!r}; its special tokens are {special}")
+            raise ValueError(
+                f"the tokenizer has no token {self.end_token!r:.80}; its special tokens are {special!s:.300}"
+            )
 
     def __reduce__(self) -> Any:
         return type(self), (self.content, self.end_token, self.encoder)
@@ -217,7 +219,9 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if wanted not in (None, found.name):
-        raise ValueError(f"{file} is {found.name}, and the corpus was written with {wanted:.80}; write the corpus again")
+        raise ValueError(
+            f"{file} is {found.name}, and the corpus was written with {wanted:.80}; write the corpus again"
+        )
     return found
 
 
