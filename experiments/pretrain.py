@@ -75,8 +75,8 @@ def main(config: Config) -> None:
     home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
     path = by_first(lambda: str(data.cached_corpus(home, texts, data.ByteTokenizer(), heldout=config.heldout)))
-    tokenizer = data.tokenizer_of(path)
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
+    tokenizer = data.tokenizer_of(path)
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
     share, place = sharding.share(by_rows), partial(sharding.place, rows=by_rows)

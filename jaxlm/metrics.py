@@ -1,6 +1,7 @@
 """The record of a run: its configuration, source, versions, and a line of metrics for each step."""
 
 import collections
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -134,8 +135,9 @@ class Log:
             self.flush()
         finally:
             self._progress.stop()
-            for file in self._files:
-                file.close()
+            with contextlib.ExitStack() as stack:
+                for file in self._files:
+                    stack.callback(file.close)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step, and writes those of the step before."""

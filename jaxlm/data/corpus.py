@@ -160,7 +160,7 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
         )
     for name, fits in FORM.items():
         value = manifest.get(name)
-        if not fits(value) or (name == "vocab" and value - 1 > np.iinfo(manifest["dtype"]).max):
+        if not fits(value) or (name == "vocab" and manifest["vocab"] - 1 > np.iinfo(manifest["dtype"]).max):
             raise ValueError(
                 f"{path / 'manifest.json'} is damaged: {name} is {value!r:.80}; delete the corpus, write it again"
             )
