@@ -1,4 +1,4 @@
-"""Lets the system fail at every call of a save, and damages checkpoints in every way; counts what became of the run.
+"""Lets the system fail at every call of a save, damages checkpoints in every way, kills runs; counts what comes of it.
 
 Nothing is timed: what counts is that no trial goes wrong. See tests/faults, whose scripts it runs.
 """
@@ -65,32 +65,63 @@ def damage(trials: int, seed: int, *options: str) -> Iterator[dict[str, Any]]:
         yield {"fault": f"{kind}, {how}", "trials": sum(line.values()), "outcomes": line, "wrong": []}
 
 
+def killed(kills: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
+    """A real run, ended again and again, that is in the end as if it had never been: from where it went on."""
+    outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    slowest: dict[str, float] = collections.defaultdict(float)
+    for line in lines("kills", f"--kills={kills}", f"--seed={seed}"):
+        if "signal" in line:
+            fault = f"{line['signal']} at random moments of a run"
+            saved = "it saved at once" if line["code"] == 75 else "from the newest checkpoint"
+            outcomes[fault][saved if line["saved"] else "before the first checkpoint"] += 1
+            slowest[fault] = max(slowest[fault], line["seconds"])
+            if console.is_terminal:
+                console.print(f"{sum(map(collections.Counter.total, outcomes.values()))} kills", end="\r")
+    for fault, counts in outcomes.items():
+        yield {
+            "fault": fault,
+            "trials": counts.total(),
+            "outcomes": counts,
+            "wrong": [],
+            "slowest_seconds": slowest[fault],
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("calls", "damage", "kills"), help="leave the other rows as they are")
+    parser.add_argument("--kills", type=int, default=250, help="a fifth of them by SIGTERM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="show that it works: a few trials of each")
     options = parser.parse_args()
     console = Console() if Console().is_terminal else Console(width=130)
-    results = [calls(kind, 1 if options.smoke else 0, options.seed, console) for kind in CALLS]
-    results += damage(4 if options.smoke else 1000, options.seed, *([] if options.smoke else ["--each"]))
-    shown = Table(
-        "fault", "trials", "what became of it", "wrong", title=f"Checkpoints under faults, seed {options.seed}"
-    )
+    smoke, seed, results = options.smoke, options.seed, list[dict[str, Any]]()
+    if options.only in (None, "calls"):
+        results += [calls(kind, 1 if smoke else 0, seed, console) for kind in CALLS]
+    if options.only in (None, "damage"):
+        results += damage(4 if smoke else 1000, seed, *([] if smoke else ["--each"]))
+    if options.only in (None, "kills"):
+        results += killed(1 if smoke else options.kills, seed, console)
+    shown = Table("fault", "trials", "what became of it", "wrong", title=f"Checkpoints under faults, seed {seed}")
     for r in results:
         outcomes = ", ".join(f"{name}: {count}" for name, count in sorted(r["outcomes"].items()))
         shown.add_row(r["fault"], str(r["trials"]), outcomes, str(len(r["wrong"])))
     console.print(shown)
     device = machine.processor()
-    if not options.smoke:
+    if not smoke:
         record = {
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": device,
-            "seed": options.seed,
+            "seed": seed,
             "versions": machine.versions(PACKAGES),
             "results": results,
         }
         out = HERE / "results" / f"faults-{machine.file_name(device)}.json"
+        if options.only:  # its rows say for themselves how they were made
+            new = {r["fault"]: {**r, **{name: record[name] for name in record if name != "results"}} for r in results}
+            record = json.loads(out.read_text())
+            record["results"] = [r for r in record["results"] if r["fault"] not in new] + [*new.values()]
         out.write_text(json.dumps(record, indent=1) + "\n")
     if any(r["wrong"] for r in results):
         sys.exit("\n".join(line for r in results for line in r["wrong"]))

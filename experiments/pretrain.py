@@ -23,7 +23,7 @@ import tyro
 
 from jaxlm import checkpoint, data, distributed, grads, losses, metrics, models, optim, schedules, sharding, train
 from jaxlm.evaluate import compile_eval, evaluate
-from jaxlm.files import write_whole
+from jaxlm.files import read_json, write_whole
 from jaxlm.generate import complete
 from jaxlm.nans import first_nan
 from jaxlm.precision import compute_in
@@ -88,12 +88,12 @@ def main(config: Config) -> None:
     home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
     path = by_first(lambda: str(data.cached_corpus(home, texts, data.ByteTokenizer(), heldout=config.heldout)))
-    tokenizer = data.tokenizer_of(path)
     corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
+    tokenizer = data.tokenizer_of(path)
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
     share, place = sharding.share(by_rows), partial(sharding.place, rows=by_rows)
-    skips = by_first(lambda: json.loads(found.read_text()) if (found := folder / "skips.json").exists() else [])
+    skips = by_first(lambda: read_json(found)["batches"] if (found := folder / "skips.json").exists() else [])
     batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), config.steps, skip=skips, share=share)
     unseen = data.Batches(heldout, data.bucket(heldout.lengths, *rows, passes=1), share=share)
     distributed.agree(data=batches.fingerprint)
@@ -167,7 +167,7 @@ def main(config: Config) -> None:
             except train.LossSpikeError as spike:
                 back = checkpoints.rewind(spike.step - SPIKE)
                 skips = batches.without(back, spike.step + SPIKE).skip
-                by_first(lambda: write_whole(folder / "skips.json", json.dumps(skips)))
+                by_first(lambda: write_whole(folder / "skips.json", json.dumps({"batches": skips})))
                 print(f"{spike}: back to step {back}, now without the batches {skips}. The same command goes on")
                 sys.exit(75)
         checkpoints.save(state)

@@ -184,9 +184,10 @@ def leaving_together() -> Generator[None]:
 
     - 1: a process failed with an error of its own, which it would meet again.
     - 75: a process was lost (killed, out of memory, its machine gone): start all again, to go on from a checkpoint.
-    - 134 (SIGABRT): JAX ended the process, which nothing can catch: process 0 is gone ("the leader task"), or the tasks
-      that it names "stopped sending heartbeats", for `heartbeat_seconds`; a task is a process. The latter is how the
-      loss of a process shows on GPUs. If that process printed no error, start all again.
+    - 134 (SIGABRT): JAX ended the process, which nothing can catch: process 0 is gone ("the leader task") or doesn't
+      answer (as is said after 5 s), or the tasks that it names "stopped sending heartbeats", for `heartbeat_seconds`; a
+      task is a process. The latter is how the loss of a process shows on GPUs, and one that is stopped (SIGSTOP). If
+      that process printed no error, start all again, once it has ended too.
 
     `SystemExit` passes: leave by it in all processes or in none.
     """
@@ -266,8 +267,18 @@ def _listen(done: threading.Event) -> None:
     """Answers, when another leaves, for a main thread that may be inside a collective and wait for it."""
     with contextlib.suppress(*UNREACHABLE):
         while not done.wait(LISTEN_EVERY):
-            if _coordination().client.key_value_dir_get(LEAVING):
+            late = threading.Timer(PATIENCE, _warn, [f"process 0 has not answered for {PATIENCE:g} s: is it stopped?"])
+            late.daemon = True
+            late.start()
+            leaving = _coordination().client.key_value_dir_get(LEAVING)
+            late.cancel()
+            if leaving:
                 _leave("")
+
+
+def _warn(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"process {_coordination().process_id}: {text}", file=sys.stderr, flush=True)
 
 
 def _leave(failure: str) -> NoReturn:

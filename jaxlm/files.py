@@ -1,14 +1,18 @@
 """Files that are there whole or not at all, and folders that one process at a time writes to."""
 
 import fcntl
+import json
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 LOCK: Final = ".lock"
 """The file in a folder by which a process holds it."""
+
+DEEPEST: Final = 100
+"""JSON that is nested deeper was written by nobody here, and Python's own limit depends on who calls."""
 
 _HELD: dict[tuple[int, Path], tuple[int, int]] = {}
 """The open file of each lock of this process, by the process' id and the folder, and how often it was locked."""
@@ -21,6 +25,35 @@ def write_whole(path: Path, text: str) -> None:
     sync(unfinished)
     unfinished.replace(path)
     sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON. What its entries are is for the caller to check.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, and is named.
+    """
+    if not path.is_file():  # but perhaps a pipe, which would have nobody to end it
+        raise FileNotFoundError(f"{path} is not there, or no file")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The object in JSON; a `ValueError` says `where` it holds something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is damaged: it holds no JSON object")
+    level: list[Any] = [found]
+    for _ in range(DEEPEST):
+        containers = (part for part in level if isinstance(part, dict | list))
+        level = [inner for part in containers for inner in (part.values() if isinstance(part, dict) else part)]
+    if level:
+        raise ValueError(f"{where} is damaged: it is nested more than {DEEPEST} deep")
+    return cast(dict[str, Any], found)
 
 
 def sync(path: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from jaxlm.checkpoint import load_params
-from jaxlm.data.tokenizers import Tokenizer, tokenizer_of
+from jaxlm.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
 from jaxlm.models import TransformerConfig, empty_cache, masks, transformer
+from jaxlm.tree import named_leaves
 from jaxlm.types import Params
 
 
@@ -97,14 +98,23 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Param
 
     Raises:
         FileNotFoundError: there is no complete checkpoint.
-        ValueError: its model or its tokenizer is unknown to this version.
+        RuntimeError: there are checkpoints, but none that isn't damaged.
+        ValueError: its model or its tokenizer is unknown to this version, or its parameters aren't those of its model.
     """
     params, about = load_params(folder)
     try:
         config, name = TransformerConfig(**about["model"]), about["tokenizer"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} has no model of this version: {error}") from None
-    tokenizer = tokenizer_of(folder if (Path(folder) / "tokenizer.json").is_file() else name)
+        init, apply = transformer(config)
+        expected = jax.eval_shape(init, jax.random.key(0))
+        found, wanted = ({n: leaf.shape for n, leaf in named_leaves(tree).items()} for tree in (params, expected))
+        for leaf in {**wanted, **found}:
+            if found.get(leaf) != wanted.get(leaf):
+                raise ValueError(f"its {leaf} has the shape {found.get(leaf)}, and not {wanted.get(leaf)}")
+        with np.errstate(over="raise"):
+            jax.eval_shape(apply, expected, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} has no model of this version: {type(error).__name__}: {error!s:.300}") from None
+    tokenizer = tokenizer_of(folder) if (Path(folder) / "tokenizer.json").is_file() else ByteTokenizer()
     if tokenizer.name != name:
-        raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name}")
+        raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name!s:.80}")
     return config, params, tokenizer

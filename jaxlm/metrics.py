@@ -1,6 +1,7 @@
 """The record of a run: its configuration, source, versions, and a line of metrics for each step."""
 
 import collections
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +31,8 @@ SECRETS = (
     ),
 )
 """Of URLs: users and passwords, and parameters that stand for them."""
+ROOM = 2**20
+"""Bytes of lines that are kept while the disk is full: some thousand steps."""
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -56,7 +59,8 @@ def open_run(
         The folder.
 
     Raises:
-        ValueError: the folder belongs to a run with another configuration; the first difference is named.
+        ValueError: the folder belongs to a run with another configuration, and the first difference is named; or its
+            record of that is damaged.
         RuntimeError: another process holds the folder.
         OSError: the disk is full or can't be written to.
     """
@@ -72,12 +76,12 @@ def open_run(
             elif path.name != files.LOCK:
                 path.unlink()
     if (folder / "config.json").exists():
-        saved = json.loads((folder / "config.json").read_text())
+        saved = files.read_json(folder / "config.json")
         for name in {**saved, **config}:
             if saved.get(name) != config.get(name) and name not in free:
                 raise ValueError(
-                    f"{folder} belongs to another configuration: {name} is {saved.get(name)!r} there and "
-                    f"{config.get(name)!r} here; give the run another name or delete the folder"
+                    f"{folder} belongs to another configuration: {name:.80} is {saved.get(name)!r:.200} there and "
+                    f"{config.get(name)!r:.200} here; give the run another name or delete the folder"
                 )
         if saved != config:
             files.write_whole(folder / "config.json", json.dumps(config, indent=1))
@@ -102,7 +106,7 @@ def note_start(folder: str | os.PathLike[str], step: int, **about: Any) -> None:
     """
     path = Path(folder) / "starts.jsonl"
     start = {"step": step, "command": shlex.join(sys.argv), "sources": _hash_of_sources(), **about, **versions()}
-    lines = [*read_log(path), json.loads(_redacted(json.dumps(start)))]
+    lines = [*read_starts(folder), json.loads(_redacted(json.dumps(start)))]
     files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -118,18 +122,24 @@ class Log:
     interrupted a run is repeated, and `timing.jsonl`, the seconds that each step took and waited for its batch.
 
     Metrics are read one step late, so that the device always has a next step to go on with. The newest are shown in a
-    progress line. Close the log when done, or use it in a `with` statement.
+    progress line. While the disk is full, lines stay in memory. Close the log when done, or use it in a `with`
+    statement.
 
     Args:
         folder: the folder of the run; None: nothing is kept or shown, as in all processes of a run but the first.
         step: the step from which the run goes on: lines of later ones, written after the checkpoint, are removed.
         steps: the number of steps of the whole run.
+
+    Raises:
+        ValueError: a line that is there is damaged.
+        OSError: later, the disk is full and so is the memory for lines, or it is full when the log is closed.
     """
 
     def __init__(self, folder: Path | None, step: int, *, steps: int):
         paths = [folder / "metrics.jsonl", folder / "timing.jsonl"] if folder else []
         kept = [_keep_until(path, step) for path in paths]
-        self._files = [path.open("a") for path in paths]
+        self._files = [path.open("ab", ROOM) for path in paths]
+        self._failed = False
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._last = time.perf_counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
@@ -154,8 +164,9 @@ class Log:
             self.flush()
         finally:
             self._progress.stop()
-            for file in self._files:
-                file.close()
+            with contextlib.ExitStack() as stack:
+                for file in self._files:
+                    stack.callback(file.close)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step, and writes those of the step before."""
@@ -171,12 +182,22 @@ class Log:
         now, waited, self._waited = time.perf_counter(), self._waited, 0.0
         timing = {"seconds": round(now - self._last, 6), "waited": round(waited, 6)}
         for file, line in zip(self._files, (values, timing), strict=True):
-            file.write(json.dumps({"step": step, **line}) + "\n")
-            file.flush()
+            file.write((json.dumps({"step": step, **line}) + "\n").encode())
+        self._write_out()
         self._recent.append((values.get("weight", 0.0), now - self._last))
         self._last = now
         self._latest |= values
         self._show(step, in_full="heldout" in values)
+
+    def _write_out(self) -> None:
+        failed, self._failed = self._failed, False
+        for file in self._files:
+            try:
+                file.flush()  # what it can't write it keeps
+            except OSError as error:
+                if not failed and not self._failed:
+                    print(f"metrics stay in memory for now: {file.name}: {error.strerror}", file=sys.stderr, flush=True)
+                self._failed = True
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time that each is waited for is noted beside its step's."""
@@ -206,11 +227,43 @@ class Log:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a file that `Log` wrote, but for a last one that was cut off."""
-    path = Path(path)
+    """The lines of a file that `Log` wrote, but for a last one that was cut off: numbers by name, and their `step`.
+
+    Raises:
+        ValueError: a line is damaged, and named.
+    """
+    lines = _read_lines(Path(path))
+    for number, values in enumerate(lines, 1):
+        if type(values.get("step")) is not int or not all(map(_is_number, values.values())):
+            raise ValueError(
+                f"{path}: line {number} is damaged: it isn't a step and numbers; remove the line to go on without it"
+            )
+    return lines
+
+
+def read_starts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What `note_start` wrote, start by start.
+
+    Raises:
+        ValueError: a line is damaged, and named.
+    """
+    return _read_lines(Path(folder) / "starts.jsonl")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found.append(files.parse_json(line, f"{path}: line {number}"))
+        except ValueError as error:
+            raise ValueError(f"{error}; remove the line to go on without it") from None
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:

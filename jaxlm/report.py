@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxlm.files import write_whole
-from jaxlm.metrics import read_log
+from jaxlm.files import read_json, write_whole
+from jaxlm.metrics import read_log, read_starts
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
 h1 { margin-bottom: 0 } svg { width: 100%; height: auto } table { border-collapse: collapse }
@@ -32,9 +33,13 @@ def write_report(folder: Path, results: Mapping[str, str]) -> Path:
 
     Returns:
         The path of the page, which needs no other file.
+
+    Raises:
+        FileNotFoundError: the folder has no record of a configuration.
+        ValueError: one of the files is damaged, and named.
     """
     lines, timing = read_log(folder / "metrics.jsonl"), read_log(folder / "timing.jsonl")
-    config, starts = json.loads((folder / "config.json").read_text()), read_log(folder / "starts.jsonl")
+    config, starts = read_json(folder / "config.json"), read_starts(folder)
     title = html.escape(folder.name)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>
@@ -46,7 +51,7 @@ def write_report(folder: Path, results: Mapping[str, str]) -> Path:
 </html>
 """
     write_whole(folder / "results.json", json.dumps(results, indent=1))
-    write_whole(folder / "report.html", page)
+    write_whole(folder / "report.html", page.encode(errors="backslashreplace").decode())  # paths needn't be UTF-8
     return folder / "report.html"
 
 
@@ -63,7 +68,7 @@ def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, An
     window = max(1, len(lines) // 50)
 
     def loss(axes: Axes) -> None:
-        bits = [line["loss"] / np.log(2) for line in lines]
+        bits = [line.get("loss", math.nan) / math.log(2) for line in lines]
         axes.plot(steps, bits, color="0.8", linewidth=0.7)
         axes.plot(steps, smooth(bits, window), label="training, bits per token")
         heldout = [(line["step"] - 1, line["heldout"]) for line in lines if "heldout" in line]
@@ -74,17 +79,19 @@ def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, An
         axes.legend(frameon=False)
 
     def rate(axes: Axes) -> None:
-        axes.plot(steps, [line["learning_rate"] for line in lines])
+        axes.plot(steps, [line.get("learning_rate", math.nan) for line in lines])
         axes.set_ylim(0)
 
     def throughput(axes: Axes) -> None:
-        seconds = {line["step"]: line["seconds"] for line in timing}
+        seconds = {line["step"]: line["seconds"] for line in timing if "seconds" in line}
         timed = [line for line in lines if line["step"] in seconds]
         spent = smooth([seconds[line["step"]] for line in timed], window)
-        axes.plot([line["step"] for line in timed], smooth([line["weight"] for line in timed], window) / spent)
+        weights = smooth([line.get("weight", math.nan) for line in timed], window)
+        axes.plot([line["step"] for line in timed], weights / spent)
         axes.set_ylim(0)
 
-    waiting = sum(line["waited"] for line in timing) / (sum(line["seconds"] for line in timing) or 1)
+    waited, taken = (sum(line.get(name, 0.0) for line in timing) for name in ("waited", "seconds"))
+    waiting = waited / (taken or 1)
     panels: dict[str, Callable[[Axes], None]] = {
         "Loss": loss,
         "Learning rate": rate,

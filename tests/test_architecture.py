@@ -114,6 +114,25 @@ def test_no_nnx_transformations_and_no_nnx_state_outside_models() -> None:
                 assert node.attr not in forbidden, f"{name_of(file)}: nnx.{node.attr}"
 
 
+RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "jsonpickle"}
+"""Modules that run code which a file brings along; torch in that its `load` does."""
+
+
+def test_nothing_runs_code_that_data_brings_along() -> None:
+    for file in [*PACKAGE, *EXPERIMENTS]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", None)
+                names = [module] if module else [alias.name for alias in node.names]
+                assert not {name.split(".")[0] for name in names} & RUNS_CODE, f"{name_of(file)}: {names}"
+            if isinstance(node, ast.Call):
+                called, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+                assert called not in ("eval", "exec", "compile", "__import__"), f"{name_of(file)}: {called}"
+                assert not called.startswith("yaml.") or called == "yaml.safe_load", f"{name_of(file)}: {called}"
+                assert called not in ("torch.load", "os.system", "os.popen"), f"{name_of(file)}: {called}"
+                assert not given & {"allow_pickle", "trust_remote_code", "shell"}, f"{name_of(file)}: {given}"
+
+
 def test_every_file_has_a_layer_and_vague_names_are_not_used() -> None:
     tops = {file.relative_to(ROOT / "jaxlm").with_suffix("").parts[0] for file in PACKAGE}
     assert tops - {"__init__"} == set(LAYER)

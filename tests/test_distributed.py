@@ -234,6 +234,30 @@ def test_when_a_process_is_killed_the_others_leave_and_name_it(count: int, victi
             assert ("leader task" if victim == 0 else f"stopped sending heartbeats):\n{victim}\n") in one.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "victim"), [(4, 2), (2, 0)], ids=["one of four", "the first"])
+def test_when_a_process_is_stopped_the_others_leave_in_time_and_name_it(
+    count: int, victim: int, tmp_path: Path
+) -> None:
+    with several(count, "endless", tmp_path) as running:
+        for one in running:
+            one.wait_for("a step")
+        running[victim].process.send_signal(signal.SIGSTOP)
+        since = time.monotonic()
+        others = [one.end() for one in running if one is not running[victim]]
+        # It is after 10 s of silence that JAX ends them; a heartbeat may have been sent just before, and to start and
+        # end four processes takes two cores a while.
+        assert time.monotonic() - since < 10 + 10
+        running[victim].process.send_signal(signal.SIGCONT)  # as when a machine wakes up
+        assert running[victim].end().code == -6
+    for one in others:
+        assert one.code == -6, one
+        if victim == 0:
+            assert "process 1: process 0 has not answered for 5 s: is it stopped?" in one.stderr
+        else:
+            assert f"stopped sending heartbeats):\n{victim}\n" in one.stderr
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What JAX was asked to join, in an environment without launchers."""

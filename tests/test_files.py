@@ -1,10 +1,13 @@
 """One process writes to a folder: the second is refused at once, whatever ended the first lets go of it."""
 
+import functools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,41 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == "before"
     files.write_whole(path, "after")
     assert path.read_text() == "after"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"3", b'{"a": ', b"\xff{}", b'{"a": ' + b"9" * 5000 + b"}", b'{"a": ' * 101 + b"1" + b"}" * 101]
+    + [b'{"a": ' + b"[" * n + b"]" * n + b"}" for n in (100, 900, 100_000)],
+    ids=[
+        "nothing",
+        "list",
+        "number",
+        "cut off",
+        "no UTF-8",
+        "huge",
+        "objects",
+        *map("{} lists".format, (100, 900, 10**5)),
+    ],
+)
+def test_json_that_is_no_object_or_too_deep_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some.json is damaged: ") as error:
+        files.read_json(path)
+    assert type(error.value) is ValueError
+
+
+def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    deep = functools.reduce(lambda inner, _: [inner], range(98), 1)
+    found = {"name": "\udcff é", "deep": deep, "nan": None, "counts": [1, 2**62]}
+    path.write_text(json.dumps(found))
+    assert files.read_json(path) == found
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, str], ids=["pipe", "folder", "nothing"])
+def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / "some.json")
+    with pytest.raises(FileNotFoundError, match=r"some.json is not there, or no file"):
+        files.read_json(tmp_path / "some.json")

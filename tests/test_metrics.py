@@ -1,6 +1,7 @@
 """A run's record: the same lines however often the run was interrupted."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -122,3 +123,41 @@ def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path
 
 def test_a_log_that_is_not_there_has_no_lines(tmp_path: Path) -> None:
     assert metrics.read_log(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_while_the_disk_is_full_lines_stay_in_memory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with metrics.Log(tmp_path, 0, steps=500) as log:
+        files = [file.fileno() for file in log._files]
+        kept, full = [os.dup(file) for file in files], os.open("/dev/full", os.O_WRONLY)
+        for step in range(1, 501):
+            if step in (100, 400):
+                for file, disk in zip(files, kept, strict=True):
+                    os.dup2(full if step == 100 else disk, file)
+            log.write(step, {"loss": 1 / step})
+        assert len(lines(tmp_path)) == 499
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 501))
+    assert len(lines(tmp_path, "timing")) == 500
+    assert capfd.readouterr().err.count("metrics stay in memory for now") == 1
+    for file in [*kept, full]:
+        os.close(file)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_disk_that_stays_full_is_an_error_in_the_end(tmp_path: Path) -> None:
+    log = metrics.Log(tmp_path, 0, steps=1)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._files[0].fileno())
+    os.close(full)
+    log.write(1, {"loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "{", '{"loss": 1}', '{"step": 2.5}', '{"step": 2, "loss": "low"}', '{"step": 1' + "0" * 400 + "}"]
+)
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged: .*; remove the line"):
+        metrics.read_log(tmp_path / "metrics.jsonl")

@@ -181,15 +181,16 @@ def test_sigterm_to_one_process_saves_the_same_step_in_all_and_none_is_lost(text
 
 
 @pytest.mark.slow
-def test_when_one_of_four_is_killed_the_others_leave_and_any_number_of_devices_goes_on(
-    straight: Path, text: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_when_one_of_four_is_lost_the_others_leave_and_any_number_of_devices_goes_on(
+    number: signal.Signals, straight: Path, text: Path, tmp_path: Path
 ) -> None:
     killed = tmp_path / "killed"
     killed.mkdir()
     run = killed / "runs" / "pretrain"
     with started([killed] * 4, text, devices=2) as running:
         wait_for_step_12(run, running)
-        running[2].process.kill()
+        running[2].process.send_signal(number)
         deadline = time.monotonic() + HEARTBEAT + 15
         for one in (running[0], running[1], running[3]):
             _, err = one.end(None, within=deadline - time.monotonic())
@@ -198,7 +199,7 @@ def test_when_one_of_four_is_killed_the_others_leave_and_any_number_of_devices_g
             assert one.process.returncode in (75, -signal.SIGABRT)
     begun = lines(run / "timing.jsonl")[:10]
     assert 12 < len(lines(run / "metrics.jsonl")) < STEPS
-    for processes, devices in ((2, 4), (1, 8)):
+    for processes, devices in ((4, 2), (2, 4), (1, 8)):
         folder = tmp_path / str(processes)
         shutil.copytree(killed, folder)
         with started([folder] * processes, text, devices=devices) as again:
@@ -208,11 +209,13 @@ def test_when_one_of_four_is_killed_the_others_leave_and_any_number_of_devices_g
         check_same_run(folder / "runs" / "pretrain", straight)
 
 
-def test_another_option_in_one_process_is_refused_in_all(text: Path, tmp_path: Path) -> None:
-    with started([tmp_path] * 2, text, devices=1, last=["--steps=25"]) as running:
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_another_option_in_one_process_is_refused_in_all(processes: int, text: Path, tmp_path: Path) -> None:
+    others = {2: "process 0 has", 4: "processes 0, 1, 2 have"}[processes]
+    with started([tmp_path] * processes, text, devices=1, last=["--steps=25"]) as running:
         for one in running:
             _, err = one.end(1, within=60)
-            assert "agree: process 1 has steps=25, process 0 has steps=20; start all with the same command" in err
+            assert f"agree: process {processes - 1} has steps=25, {others} steps=20; start all with the same" in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -220,23 +223,23 @@ def test_another_option_in_one_process_is_refused_in_all(text: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("has", "message"),
     [
-        pytest.param("another corpus", "agree: process 1 has data=", id="another corpus"),
+        pytest.param("another corpus", "agree: process {last} has data=", id="another corpus"),
         pytest.param("no corpus", "runs/pretrain/corpus is not a corpus", id="folder not shared"),
     ],
 )
-def test_another_folder_in_one_process_ends_all(has: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_another_folder_in_one_process_ends_all(has: str, message: str, processes: int, tmp_path: Path) -> None:
     folders = [tmp_path / "here", tmp_path / "there"]
     for folder, period in zip(folders, (17, 13), strict=True):
         texts = data.text_files(write_text(folder / "text", period))
     if has == "another corpus":
         data.write_corpus(folders[1] / "runs" / "pretrain" / "corpus", texts, data.ByteTokenizer())
-    with started(folders, "text", devices=1) as (first, second):
-        _, err = first.end(1, within=60)
-        assert message in err
-        assert "process 1" in err
-        _, err = second.end(1, within=60)
-        assert message in err
-        assert "process 1" in err
+    here, there = folders
+    with started([here] * (processes - 1) + [there], "text", devices=1) as running:
+        for one in running:
+            _, err = one.end(1, within=60)
+            assert message.format(last=processes - 1) in err
+            assert f"process {processes - 1}" in err
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def test_the_metrics_have_a_line_for_each_step_and_the_loss_falls(straight: Path
 def test_a_run_leaves_all_that_it_takes_to_repeat_it(straight: Path, text: Path) -> None:
     assert (straight / "pretrain.py").read_text() == SCRIPT.read_text()
     assert json.loads((straight / "config.json").read_text())["steps"] == 300
-    (begun,) = metrics.read_log(straight / "starts.jsonl")
+    (begun,) = metrics.read_starts(straight)
     assert begun["step"] == 0
     assert begun.keys() > {"command", "sources", "data", "jax", "devices"}
     assert "<svg" in (straight / "report.html").read_text()
@@ -163,8 +163,8 @@ def test_a_spike_is_gone_back_from_and_its_batches_left_out(text: Path, tmp_path
         assert code == 0 or "a standard deviation of" in output
     assert code == 0
     assert starts > 1
-    skips = json.loads((run / "skips.json").read_text())
-    noted = metrics.read_log(run / "starts.jsonl")
+    skips = json.loads((run / "skips.json").read_text())["batches"]
+    noted = metrics.read_starts(run)
     assert len(noted) == starts
     assert noted[-1]["skips"] == skips
     first_back = noted[1]["step"]

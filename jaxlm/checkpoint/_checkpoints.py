@@ -132,6 +132,7 @@ class Checkpoints:
         if failed:
             raise failed
         if distributed.first():
+            _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
             steps, scores = _folder.whole(self._folder), dict(self._scores)
             keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
             for old in sorted(set(steps) - keep):

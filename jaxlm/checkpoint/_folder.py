@@ -32,7 +32,8 @@ class DamagedError(Exception):
 
 def whole(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, the oldest first."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.name.isascii())
+    names = (path.name for path in folder.glob("*") if path.name.isdecimal() and path.name.isascii())
+    return sorted(int(name) for name in names if name == str(int(name)))
 
 
 def aside(folder: Path) -> list[str]:
@@ -128,8 +129,8 @@ def kept(steps: Collection[int], scores: Mapping[int, float], *, keep: int, keep
 def read_scores(folder: Path) -> dict[int, float]:
     """The scores that were noted; none, if that can't be read."""
     try:
-        return {int(step): float(score) for step, score in json.loads((folder / SCORES).read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {int(step): float(score) for step, score in files.read_json(folder / SCORES).items()}
+    except (OSError, ValueError, TypeError, OverflowError):
         return {}
 
 

@@ -22,6 +22,9 @@ CL100K_PATTERN = (
 )
 """That of the rank file cl100k."""
 
+LONGEST = 4096
+"""Characters in base64 of the longest token that a rank file may have; that of cl100k has 172."""
+
 
 def train_bpe(documents: Iterable[Document], vocab: int) -> SubwordTokenizer:
     """Learns a byte-level BPE with GPT-2's pieces: any UTF-8 text has ids, and comes back from them.
@@ -87,6 +90,8 @@ def rank_file(path: str | os.PathLike[str], pattern: str) -> SubwordTokenizer:
     for number, line in enumerate(read_file(Path(path)).splitlines(), 1):
         try:
             token, rank = line.split()
+            if len(token) > LONGEST:  # each place to cut it is tried, which takes the square of its length
+                raise ValueError(f"a token of {len(token)} characters; {LONGEST} at most")
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise ValueError(f"{path}: line {number} is not a token in base64 and its rank ({error})") from None

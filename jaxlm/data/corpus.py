@@ -18,17 +18,47 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Int, Integer
 
+from jaxlm import files
 from jaxlm.data.tokenizers import Tokenizer
 
 FORMAT = 1
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_split(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    found = cast(dict[str, Any], value)
+    sizes, hashes = [found.get(name) for name in ("documents", "tokens", "bytes")], found.get("sha256")
+    whole = isinstance(hashes, dict) and all(isinstance(hashes.get(kind), str) for kind in ("tokens", "offsets"))
+    return whole and all(map(_is_count, sizes)) and (not sizes[0] or bool(sizes[2]))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in cast(list[Any], value))
+
+
+FORM: dict[str, Callable[[Any], bool]] = {
+    "tokenizer": lambda value: isinstance(value, str),
+    "dtype": lambda value: value in ("uint16", "uint32"),
+    "vocab": lambda value: _is_count(value) and value > 0,
+    "not_utf8": _is_count,
+    "not_utf8_names": _is_names,
+    **dict.fromkeys(SPLITS, _is_split),
+}
+"""What the entries of a manifest must be that are used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,28 +147,30 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+        manifest = files.read_json(path / "manifest.json")
+    except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is not a corpus: it has no manifest.json; make one with write_corpus"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / 'manifest.json'} is damaged ({error}); delete the corpus, write it again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the corpus, write it again") from None
+    if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path / 'manifest.json'} is not of format {FORMAT}; write the corpus again with this version"
         )
-    try:
-        tokens, documents = int(manifest[split]["tokens"]), int(manifest[split]["documents"])
-        width = {"uint16": 2, "uint32": 4}[manifest["dtype"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path / 'manifest.json'} is damaged ({error!r}); delete the corpus, write it again"
-        ) from None
+    for name, fits in FORM.items():
+        value = manifest.get(name)
+        if not fits(value) or (name == "vocab" and manifest["vocab"] - 1 > np.iinfo(manifest["dtype"]).max):
+            raise ValueError(
+                f"{path / 'manifest.json'} is damaged: {name} is {value!r:.80}; delete the corpus, write it again"
+            )
+    tokens, documents = manifest[split]["tokens"], manifest[split]["documents"]
     if not documents:
         raise ValueError(f"{path} has no document in its {split} split")
-    for kind, size in (("tokens", width * tokens), ("offsets", 8 * (documents + 1))):
+    for kind, size in (("tokens", np.dtype(manifest["dtype"]).itemsize * tokens), ("offsets", 8 * (documents + 1))):
         file = path / f"{split}.{kind}.bin"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not there; delete the corpus, write it again")
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, not {size}; delete the corpus, write it again")
     corpus = Corpus(path, split, manifest)

@@ -14,6 +14,7 @@ import platform
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from jaxtyping import Bool, Integer, UInt64
 
+from jaxlm import files
 from jaxlm.data.corpus import FORMAT, SPLITS, Split
 from jaxlm.data.sources import Shard, UnreadableError
 from jaxlm.data.text import Document, python_library
@@ -178,13 +180,13 @@ def _write_part(folder: Path, tokenizer: Tokenizer, skip_unreadable: bool, group
     content = json.dumps([FORMAT, tokenizer.name, tokenizer.vocab, [shard[:2] for shard in group]])
     part = folder / hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     if part.exists():
-        if _is_whole(part, tokenizer) and (skip_unreadable or not _manifest(part)["unreadable"]):
+        if _is_whole(part) and (skip_unreadable or not _manifest(part)["unreadable"]):
             return part
         shutil.rmtree(part)
     written = Path(tempfile.mkdtemp(dir=folder, prefix=f"{part.name}-"))
     try:
         manifest = _write_documents(written, tokenizer, skip_unreadable, group)
-        write_file(written / "manifest.json", json.dumps(manifest))
+        write_file(written / "manifest.json", json.dumps({**manifest, "checksum": _checksum(written, manifest)}))
         written.rename(part)
     finally:
         shutil.rmtree(written, ignore_errors=True)
@@ -195,13 +197,22 @@ def _manifest(part: Path) -> Json:
     return json.loads((part / "manifest.json").read_bytes())
 
 
-def _is_whole(part: Path, tokenizer: Tokenizer) -> bool:
-    manifest = _manifest(part)
-    sizes = {
-        "records.bin": RECORD.itemsize * (manifest["documents"] - manifest["empty"]),
-        "tokens.bin": _dtype(tokenizer).itemsize * manifest["tokens"],
-    }
-    return all((part / name).stat().st_size == size for name, size in sizes.items())
+def _is_whole(part: Path) -> bool:
+    try:
+        manifest = files.read_json(part / "manifest.json")
+        return manifest.pop("checksum", None) == _checksum(part, manifest)
+    except (OSError, ValueError):
+        return False
+
+
+def _checksum(part: Path, manifest: Json) -> int:
+    """Of all that a part holds."""
+    found = zlib.crc32(json.dumps(manifest).encode())
+    for name in ("tokens.bin", "records.bin"):
+        with open(part / name, "rb") as file:
+            while block := file.read(2**18):
+                found = zlib.crc32(block, found)
+    return found
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:

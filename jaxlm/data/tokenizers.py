@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
 
+from jaxlm import files
 from jaxlm.data._optional import optional
 
 END = "<|endoftext|>"
@@ -88,7 +89,9 @@ class SubwordTokenizer:
     def __post_init__(self) -> None:
         if self.end_token not in self._ids:
             special = [token.content for token in self._model.get_added_tokens_decoder().values()]
-            raise ValueError(f"the tokenizer has no token {self.end_token!r}; its special tokens are {special}")
+            raise ValueError(
+                f"the tokenizer has no token {self.end_token!r:.80}; its special tokens are {special!s:.300}"
+            )
 
     def __reduce__(self) -> Any:
         return type(self), (self.content, self.end_token, self.encoder)
@@ -127,7 +130,7 @@ class SubwordTokenizer:
         except ImportError:
             raise
         except Exception as error:  # it raises nothing more precise
-            raise ValueError(f"this is not the JSON of a tokenizer: {error}") from None
+            raise ValueError(f"this is not the JSON of a tokenizer: {error!s:.300}") from None
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True
@@ -197,7 +200,9 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     if os.fspath(name) == ByteTokenizer.name:
         return ByteTokenizer()
     manifest = path / "manifest.json"
-    wanted = json.loads(manifest.read_bytes())["tokenizer"] if manifest.is_file() else None
+    wanted = files.read_json(manifest).get("tokenizer") if manifest.is_file() else None
+    if not isinstance(wanted, str | None):
+        raise ValueError(f"{manifest} is damaged: its tokenizer is {wanted!r:.80}")
     if wanted == ByteTokenizer.name:
         return ByteTokenizer()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -214,7 +219,9 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if wanted not in (None, found.name):
-        raise ValueError(f"{file} is {found.name}, and the corpus was written with {wanted}; write the corpus again")
+        raise ValueError(
+            f"{file} is {found.name}, and the corpus was written with {wanted:.80}; write the corpus again"
+        )
     return found
 
 
@@ -235,8 +242,11 @@ def write_file(path: Path, content: str) -> None:
 
 def _end_beside(file: Path) -> str:
     config = file.parent / "tokenizer_config.json"
-    found = json.loads(read_file(config)).get("eos_token") if config.is_file() else None
-    return (found["content"] if isinstance(found, dict) else found) or END
+    found = files.read_json(config).get("eos_token") if config.is_file() else None
+    content = cast(dict[str, Any], found).get("content") if isinstance(found, dict) else found
+    if not isinstance(content, str | None):
+        raise ValueError(f"{config} is damaged: its eos_token is {found!r:.80}")
+    return content or END
 
 
 def read_file(path: Path) -> bytes:

@@ -197,7 +197,7 @@ def another_format(file: Path) -> None:
         ("manifest.json", Path.unlink, FileNotFoundError, "not a corpus: .* write_corpus"),
         ("manifest.json", shorten, ValueError, "manifest.json is damaged"),
         ("manifest.json", lambda file: file.write_bytes(b"\xff\0"), ValueError, "manifest.json is damaged"),
-        ("manifest.json", lambda file: file.write_text("[1]"), ValueError, "not of format 1"),
+        ("manifest.json", lambda file: file.write_text("[1]"), ValueError, "manifest.json is damaged"),
         ("manifest.json", another_format, ValueError, "not of format 1"),
         ("train.tokens.bin", shorten, ValueError, r"train.tokens.bin has 9 bytes, not 10"),
         ("train.tokens.bin", lengthen, ValueError, r"train.tokens.bin has 11 bytes, not 10"),

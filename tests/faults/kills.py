@@ -20,8 +20,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY = 150, 10
-SMALL: dict[str, Any] = {"layers": 1, "width": 16, "row_lengths": (32, 64), "tokens_per_batch": 256}
+STEPS, SAVE_EVERY = 120, 10
+SMALL: dict[str, Any] = {"layers": 1, "width": 16, "row_lengths": (64,), "tokens_per_batch": 256}
+SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM]  # in turn
 PATIENCE = 120  # seconds for a whole run
 
 
@@ -62,21 +63,21 @@ def begin(pretrain: ModuleType, folder: Path, text: Path) -> int:
     os._exit(code)
 
 
-def end(child: int, kill: Kill | None, run: Path) -> int:
-    """Waits for a run, and kills it in time; its exit code, negative for a signal."""
-    begun = time.monotonic()
+def end(child: int, kill: Kill | None, run: Path) -> tuple[int, float]:
+    """Waits for a run, and kills it in time; its exit code, negative for a signal, and the seconds from that on."""
+    begun = killed = time.monotonic()
     saves, seen, since = 0, set(unfinished(run)), None if kill is None or kill.save else begun
     while time.monotonic() - begun < PATIENCE:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), time.monotonic() - killed
         new = set(unfinished(run)) - seen
         saves, seen = saves + len(new), seen | new
         if kill and kill.save and saves == kill.save and since is None:
             since = time.monotonic()
         if kill and since is not None and time.monotonic() - since > kill.seconds:
             os.kill(child, kill.number)
-            kill = None
+            kill, killed = None, time.monotonic()
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     raise TimeoutError((run.parents[1] / "said").read_text()[-2000:])
@@ -102,34 +103,42 @@ def result(run: Path) -> tuple[str, Any, Any]:
     return (run / "metrics.jsonl").read_text(), json.loads((run / "results.json").read_text()), manifest["leaves"]
 
 
-def draw(rng: random.Random, seconds: float) -> Kill:
-    """Half of them during a save, others at any time; a quarter leave time to save."""
-    number = rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
+def draw(rng: random.Random, number: signal.Signals, seconds: float) -> Kill:
+    """Half of them during a save, others at any time."""
     if rng.random() < 0.5:
         return Kill(number, rng.randint(1, 5), rng.uniform(0, 0.05))
     return Kill(number, None, rng.uniform(0, seconds))
 
 
-def main(kills: int, seed: int, folder: Path) -> None:
+def prepare() -> None:
     os.environ["JAX_PLATFORMS"], os.environ["COLUMNS"] = "cpu", "200"
     os.environ.setdefault("JAXLM_CACHE", str(ROOT / ".cache"))
-    pretrain, rng, text = import_pretrain(), random.Random(seed), folder / "text"
-    text.mkdir()
+
+
+def write_text(folder: Path) -> Path:
+    folder.mkdir()
     for i in range(80):
-        (text / f"{i}.txt").write_text("".join(f"{i * j % 17} times {j} " for j in range(i % 30 + 5)))
+        (folder / f"{i}.txt").write_text("".join(f"{i * j % 17} times {j} " for j in range(i % 30 + 5)))
+    return folder
+
+
+def main(kills: int, seed: int, folder: Path) -> None:
+    prepare()
+    pretrain, rng, text = import_pretrain(), random.Random(seed), write_text(folder / "text")
     for name in ("first", "straight"):  # the first one compiles
         (folder / name).mkdir()
-        begun, run = time.monotonic(), folder / name / "runs" / "pretrain"
-        assert end(begin(pretrain, folder / name, text), None, run) == 0, (folder / name / "said").read_text()
-    seconds, expected, done, finished = time.monotonic() - begun, result(run), 0, 0
+        run = folder / name / "runs" / "pretrain"
+        code, seconds = end(begin(pretrain, folder / name, text), None, run)
+        assert code == 0, (folder / name / "said").read_text()
+    expected, done, finished = result(run), 0, 0
     while done < kills:
         where = folder / f"run-{finished}"
         run, saved, before = where / "runs" / "pretrain", 0, list[str]()
         where.mkdir()
         code = 1
         while code:
-            kill = draw(rng, seconds) if done < kills else None
-            code = end(begin(pretrain, where, text), kill, run)
+            kill = draw(rng, SIGNALS[done % len(SIGNALS)], seconds) if done < kills else None
+            code, took = end(begin(pretrain, where, text), kill, run)
             told = (where / "said").read_text()
             assert code in (0, 75, -signal.SIGKILL, -signal.SIGTERM), told
             # What a checkpoint was whole for is never computed again: its line of the clock is still the same.
@@ -142,8 +151,9 @@ def main(kills: int, seed: int, folder: Path) -> None:
             if code == 75:
                 assert lost == 0, (kill, lost)
             if code:
+                assert kill is not None, told
                 done += 1
-                asked = {"signal": kill.number.name, "during_save": kill.save is not None} if kill else {}
+                asked = {"signal": kill.number.name, "during_save": kill.save is not None, "seconds": round(took, 3)}
                 print(json.dumps({"kill": done, **asked, "code": code, "saved": saved, "lost": lost}), flush=True)
         assert result(run) == expected, where
         finished += 1
