@@ -123,6 +123,7 @@ def test_parts_follow_the_knobs():
     assert found.parts[kept] - memory(bfloat16=True).parts[kept] <= knob(found, "compute in bfloat16") * 1.1
 
 
+@pytest.mark.slow
 def test_only_what_applies_is_listed():
     assert "zero" not in names(memory())  # one device
     assert "remat" not in names(memory(remat="full"))

@@ -189,6 +189,7 @@ def test_a_nan_is_found_by_the_number_of_its_step_alone(text: Path, tmp_path: Pa
     assert record() == before
 
 
+@pytest.mark.slow
 def test_several_devices_find_the_same(straight: Path, text: Path, tmp_path: Path) -> None:
     output = finish(start(tmp_path, text, JAX_NUM_CPU_DEVICES="4"))
     assert " 4 devices" in output

@@ -182,6 +182,7 @@ FEW = {("adamw", *case[1:]) for case in CASES[::5]} | {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "zero", "mesh", "microbatches"),
     [pytest.param(*case, marks=[] if case in FEW else [pytest.mark.slow]) for case in sorted({*CASES, *FEW})],

@@ -49,6 +49,7 @@ def test_gradients_are_the_same_on_devices(name: str, zero: int, expected: Any):
     assert_same(jax.device_get(grad_fn(jax.device_put(PARAMS, layout.params), BATCH, KEY)), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("unroll", [False, True])
 def test_temporaries_are_in_order(unroll: bool):
     def temporaries(name: str) -> int:
