@@ -19,7 +19,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `sampled(n)` every n-th case is left that isn't slow: which ones, depends on Python's version."""
+    """Of a test that is `sampled(n)` only every n-th case isn't slow: which ones, depends on Python's version."""
     counts = collections.Counter[str]()
     for item in items:
         if (marker := item.get_closest_marker("sampled")) and not item.get_closest_marker("slow"):
