@@ -74,7 +74,7 @@ def main(config: Config) -> None:
         found = results["masks"][name] = learn(model, options, batches, evaluated, config)
         files.write_whole(folder / "results.json", json.dumps(results))
         print(f"{name}: {found['bits_per_byte']:.3f} bits per byte after {found['steps']} steps")
-    Console(width=140).print(table(results["masks"], config))
+    Console(width=160).print(table(results["masks"], config))
     draw(results["masks"], config, folder / "attention.png")
     print(f"Look at {folder / 'attention.png'}")
 

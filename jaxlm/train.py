@@ -115,8 +115,9 @@ def fit(
         step: a step, to be jitted here, or a compiled one.
         state: what `start` returned, or a restored one.
         batches: an iterator of batches, on host or device; the loop ends with it.
-        patience: after how many steps in a row whose loss or gradient isn't finite to give up. What becomes of the
-            parameters meanwhile is the optimizer's: see `optim.skip_nonfinite`.
+        patience: after how many steps in a row whose loss or gradient isn't finite to give up; where several models
+            are trained at once (`jax.vmap`), those of none. What becomes of the parameters meanwhile is the
+            optimizer's: see `optim.skip_nonfinite`.
 
     Raises:
         FloatingPointError: that many steps weren't finite, or gradients overflow at the smallest loss scale again and
@@ -137,13 +138,13 @@ def fit(
 
 def _check_finite(metrics: Metrics, step: int, in_a_row: int, patience: int) -> int:
     """How many steps in a row weren't finite, up to this one, whose metrics these are."""
-    if "loss_scale" in metrics and metrics["loss_scale"] == 0:
+    if "loss_scale" in metrics and np.all(metrics["loss_scale"] == 0):
         raise FloatingPointError(
             f"fit: gradients overflow float16 even at the smallest loss scale, and {metrics['skipped']} steps were "
             "skipped; look for NaN in parameters and data, lower the learning rate, or compute in bfloat16"
         )
     looked_at = jax.device_get([metrics[name] for name in ("loss", "grad_norm") if name in metrics])
-    if all(map(math.isfinite, looked_at)):
+    if all(np.isfinite(x).any() for x in looked_at):
         return 0
     first, in_a_row = step - in_a_row, in_a_row + 1
     if in_a_row == patience:

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -254,6 +255,20 @@ def test_a_run_stops_once_so_many_steps_in_a_row_are_not_finite_and_names_them()
         list(fit(step, resumed, batches, patience=2))
     with pytest.raises(ValueError, match="patience is 0"):
         next(fit(step, resumed, [], patience=0))
+
+
+def test_of_a_population_some_may_diverge():
+    axes, rates = TrainState(None, 0, 0), jnp.array([0.01, jnp.inf])  # type: ignore[arg-type]
+
+    def advance(rate: Any, state: TrainState, batch: Any) -> Any:
+        return make_step(grads_of_squares, optax.sgd(rate), KEY)(state, batch)
+
+    begin = jax.vmap(lambda _: start(linear_params(), optax.sgd(0.1)), out_axes=axes)
+    advance_both = partial(jax.vmap(advance, in_axes=(0, axes, None), out_axes=(axes, 0)), rates)
+    *_, (_, metrics) = fit(advance_both, begin(rates), linear_batches(6), patience=2)
+    assert np.isfinite(metrics["loss"]).tolist() == [True, False]
+    with pytest.raises(FloatingPointError, match="steps 2 to 3"):
+        list(fit(partial(advance_both.func, rates.at[0].set(jnp.inf)), begin(rates), linear_batches(6), patience=2))
 
 
 def test_without_a_guard_the_first_step_that_was_not_finite_is_named():
