@@ -64,16 +64,19 @@ def _first(program: ClosedJaxpr, values: Sequence[Any], where: str) -> str | Non
 
 
 def _in_loop(operation: Any, values: Sequence[Any], where: str) -> str | None:
-    body, length = operation.params["jaxpr"], operation.params["length"]
-    fixed, end = operation.params["num_consts"], operation.params["num_consts"] + operation.params["num_carry"]
-    consts, carry, xs = values[:fixed], values[fixed:end], values[end:]
+    body: Any = operation.params["jaxpr"]
+    length: int = operation.params["length"]
+    # What is stacked has a dimension more outside than in the body. Names of the numbers differ among JAX's versions.
+    end = sum(x.ndim == aval.ndim for x, aval in zip(values, body.in_avals, strict=True))
+    carried = sum(x.aval.ndim == aval.ndim for x, aval in zip(operation.outvars, body.out_avals, strict=True))
+    consts, carry, xs = values[: end - carried], values[end - carried : end], values[end:]
     step = jax.jit(jaxpr_as_fun(body))
     for index in reversed(range(length)) if operation.params["reverse"] else range(length):
         inputs = [*consts, *carry, *(x[index] for x in xs)]
         outputs = step(*inputs)
         if _any_nan(outputs):
             return _first(body, inputs, f"{where}, iteration {index} of {length}")
-        carry = outputs[: end - fixed]
+        carry = outputs[:carried]
     return None
 
 
