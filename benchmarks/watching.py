@@ -30,7 +30,7 @@ from jaxlm.types import Batch
 from jaxlm.watchdog import watching
 
 HERE: Final = Path(__file__).parent
-TURN: Final = 3.0
+TURN: Final = 1.0
 """Seconds, about."""
 
 
@@ -77,6 +77,7 @@ class Contestant:
             metrics.Log(Path(folder), 0, steps=self.steps) as log,
             watching(Path(folder) / "stacks.txt", seconds=600) as watch,
         ):
+            time.sleep(0.5)  # in which the second process starts, once in a run
             begun = time.perf_counter()
             taken = train.fit(self.step, self.state, watch.batches(log.timed(batches)))
             for i, (self.state, measured) in enumerate(train.stop_at_spikes(taken, 0)):
@@ -88,7 +89,7 @@ class Contestant:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="how many turns each has (default: 15)")
+    parser.add_argument("--rounds", type=int, default=40, help="how many turns each has (default: 40)")
     parser.add_argument("--smoke", action="store_true", help="show that it works: a tiny model, on the CPU")
     options = parser.parse_args()
     environment = machine.environment(huge_pages=True)
