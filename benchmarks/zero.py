@@ -224,7 +224,13 @@ def _size(nbytes: float) -> str:
 
 def _model(entry: Entry) -> str:
     """Which of SIZES it is."""
-    return next(name for name, model in SIZES.items() if dataclasses.asdict(model) == entry["case"]["model"])
+    return next(name for name, model in SIZES.items() if model == _case(entry).model)
+
+
+def _case(entry: Entry) -> Case:
+    """What was compiled, also where models had fewer fields then: those were as they are by default."""
+    fields: dict[str, Any] = {**entry["case"], "model": TransformerConfig(**entry["case"]["model"])}
+    return Case(**fields)
 
 
 SECTIONS: Final[dict[str, tuple[Callable[[], Iterable[Case]], Any, Any]]] = {
@@ -240,10 +246,10 @@ def measure(section: str, chips: list[str], sizes: list[int]) -> None:
     out, versions = HERE / "results" / f"zero-{section}.json", machine.versions(PACKAGES)
     before: Entry = json.loads(out.read_text()) if out.exists() else {}
     same = before.get("versions") == versions
-    kept: dict[str, Entry] = {json.dumps(e["case"]): e for e in before.get("programs", ()) if same}
-    wanted = {json.dumps(dataclasses.asdict(case)): case for case in cases()}
-    for i, (key, case) in enumerate(wanted.items(), 1):
-        if key in kept or case.chip not in chips or case.devices not in sizes:
+    kept = {_case(e): e for e in before.get("programs", ()) if same}
+    wanted = list(dict.fromkeys(cases()))
+    for i, case in enumerate(wanted, 1):
+        if case in kept or case.chip not in chips or case.devices not in sizes:
             continue
         start = time.perf_counter()
         try:
@@ -262,16 +268,16 @@ def measure(section: str, chips: list[str], sizes: list[int]) -> None:
             "zero": case.zero,
             "seconds": round(seconds, 1),
         }
-        kept[key] = {**about, **found, "case": json.loads(key)}
+        kept[case] = {**about, **found, "case": dataclasses.asdict(case)}
         record = {
             "command": f"python benchmarks/zero.py --only {section}",
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions,
-            "missing": [case.title for k, case in wanted.items() if k not in kept],
-            "programs": [kept[k] for k in wanted if k in kept],
+            "missing": [case.title for case in wanted if case not in kept],
+            "programs": [kept[case] for case in wanted if case in kept],
         }
         out.write_text(json.dumps(record, indent=1) + "\n")
-    entries = [kept[k] for k in wanted if k in kept]
+    entries = [kept[case] for case in wanted if case in kept]
     console = Console()
     (console if console.is_terminal else Console(width=150)).print(table(entries))
     if section == "scaling":
