@@ -195,18 +195,16 @@ def _options() -> argparse.Namespace:
 
 def main() -> None:
     options = _options()
-    environment = machine.environment(huge_pages=True)
     if options.smoke:
-        options.lengths, options.rounds, environment["JAX_PLATFORMS"] = SMOKE, 1, "cpu"
-    if environment != dict(os.environ):  # malloc reads its variables when a process starts
-        os.execve(sys.executable, sys.orig_argv, environment)
+        options.lengths, options.rounds = SMOKE, 1
+    machine.restart(on_cpu=options.smoke)
     found: list[dict[str, Any]] = []
     for length in options.lengths:
         measured = measure(length, options.rounds, options.dense_up_to)
         for one in measured:
             print(f"{length}, {one['by']}: {1e3 * one['seconds']:,.1f} ms", flush=True)
         found += measured
-    device = machine.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    device = machine.device()
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table(found, f"attention on {device}"))
     if options.smoke and not options.output:

@@ -320,9 +320,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write JSON; by default into benchmarks/results/")
     parser.add_argument("--smoke", action="store_true", help="show that it works: two batches, and no download")
     options = parser.parse_args()
-    environment = machine.environment(huge_pages=True) | {"JAX_PLATFORMS": "cpu"}
-    if environment != dict(os.environ):  # malloc reads its variables when a process starts
-        os.execve(sys.executable, sys.orig_argv, environment)
+    machine.restart(on_cpu=True)
     most = BATCHES
     if options.smoke:
         options.rounds, options.sample, most = 1, 50, 2

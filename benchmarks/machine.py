@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,20 @@ def environment(*, huge_pages: bool) -> dict[str, str]:
     """This process's variables, with huge pages or with malloc left alone."""
     variables = {name: value for name, value in os.environ.items() if name not in HUGE_PAGES}
     return variables | HUGE_PAGES if huge_pages else variables
+
+
+def restart(*, on_cpu: bool, huge_pages: bool = True) -> None:
+    """Starts this program again, if its environment is another: malloc and JAX read theirs when a process starts."""
+    variables = environment(huge_pages=huge_pages) | ({"JAX_PLATFORMS": "cpu"} if on_cpu else {})
+    if variables != dict(os.environ):
+        os.execve(sys.executable, sys.orig_argv, variables)
+
+
+def device() -> str:
+    """The name of what JAX computes on."""
+    import jax  # not where the module begins: some of what imports it leaves JAX to other processes
+
+    return processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
 
 
 def busy_seconds() -> float:

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
-from summary import FEWEST, QUIET, spread
+from summary import quiet_rounds, spread
 
 from jaxlm import grads, losses, models, optim, train
 
@@ -164,8 +164,7 @@ def measure(contestants: list[Contestant], rounds: int) -> list[dict[str, Any]]:
     for i in range(rounds):
         for c in random.Random(i).sample(contestants, len(contestants)):
             c.take()
-    quiet = [i for i in range(rounds) if all(c.foreign_cores[i] <= QUIET for c in contestants)]
-    counted = quiet if len(quiet) >= FEWEST else list(range(rounds))
+    counted = quiet_rounds([c.foreign_cores for c in contestants])
     base = contestants[0]
     return [
         {
@@ -200,12 +199,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how many turns each contestant has (default: 7)")
     parser.add_argument("--smoke", action="store_true", help="show that it works: tiny sizes, on the CPU")
     options = parser.parse_args()
-    environment = machine.environment(huge_pages=True)
     if options.smoke:
-        options.rounds, environment["JAX_PLATFORMS"] = 1, "cpu"
-    if environment != dict(os.environ):  # malloc reads its variables when a process starts
-        os.execve(sys.executable, sys.orig_argv, environment)
-    device = machine.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+        options.rounds = 1
+    machine.restart(on_cpu=options.smoke)
+    device = machine.device()
     console = Console() if Console().is_terminal else Console(width=130)
     for title, make in TABLES.items():
         if options.only not in (None, title):

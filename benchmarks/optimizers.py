@@ -40,7 +40,7 @@ from optimizer_pairs import (
 )
 from rich.console import Console
 from rich.table import Table
-from summary import FEWEST, QUIET, spread
+from summary import quiet_rounds, spread
 
 HERE = Path(__file__).parent
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
@@ -186,9 +186,7 @@ def numbers(
 ) -> dict[str, Any]:
     """Everything about one optimizer, contestant by contestant."""
     everybody = [*(runner.turns for runner in runners), streaming]
-    rounds = range(len(streaming.seconds))
-    quiet = [i for i in rounds if all((turns.foreign_cores[i] or 0.0) <= QUIET for turns in everybody)]
-    counted = quiet if len(quiet) >= FEWEST else list(rounds)
+    counted = quiet_rounds([turns.foreign_cores for turns in everybody])
     bandwidth = [stream_bytes * streaming.steps / streaming.seconds[i] for i in counted]
 
     def step_seconds(runner: Runner) -> list[float]:
@@ -281,14 +279,12 @@ def _options() -> argparse.Namespace:
 
 def main() -> None:
     options = _options()
-    environment = machine.environment(huge_pages=not options.no_huge_pages)
     if options.smoke:
-        options.rounds, options.seconds, options.all, environment["JAX_PLATFORMS"] = 1, 0.0, True, "cpu"
-    if environment != dict(os.environ):  # malloc reads its variables when a process starts
-        os.execve(sys.executable, sys.orig_argv, environment)
+        options.rounds, options.seconds, options.all = 1, 0.0, True
+    machine.restart(on_cpu=options.smoke, huge_pages=not options.no_huge_pages)
     tree: Tree = SMOKE if options.smoke else TREES[options.size]
     platform = jax.default_backend()
-    device = machine.processor() if platform == "cpu" else jax.devices()[0].device_kind
+    device = machine.device()
     wanted = select(
         options.optimizers, groups(stacked=options.stacked, tensor_cores=platform != "cpu"), slow=options.all
     )

@@ -45,10 +45,14 @@ class Measured:
         return statistics.median(self.seconds[i] for i in rounds) / self.steps
 
 
-def quiet_rounds(measured: Mapping[str, Measured]) -> list[int]:
-    """The rounds in which no contestant was disturbed; all rounds if these are too few to tell anything."""
-    rounds = range(len(measured[CEILING].seconds))
-    quiet = [i for i in rounds if all((m.foreign_cores[i] or 0.0) <= QUIET for m in measured.values())]
+def quiet_rounds(foreign_cores: Sequence[Sequence[float | None]]) -> list[int]:
+    """The rounds in which no contestant was disturbed; all rounds if these are too few to tell anything.
+
+    Args:
+        foreign_cores: of each contestant, how many cores other processes kept busy in each round.
+    """
+    rounds = range(len(foreign_cores[0]))
+    quiet = [i for i in rounds if all((cores[i] or 0.0) <= QUIET for cores in foreign_cores)]
     return quiet if len(quiet) >= FEWEST else list(rounds)
 
 
@@ -65,7 +69,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def numbers(workload: Workload, measured: Mapping[str, Measured], failed: Sequence[str], device: str) -> dict[str, Any]:
     """Everything about one model, contestant by contestant."""
-    rounds, peak = quiet_rounds(measured), peak_flops(device)
+    rounds, peak = quiet_rounds([m.foreign_cores for m in measured.values()]), peak_flops(device)
     reached = 2 * matmul_size(workload.dtype) ** 3 / measured[CEILING].step_seconds(rounds)
     contestants: dict[str, Any] = {}
     for name, m in measured.items():

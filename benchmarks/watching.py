@@ -23,7 +23,7 @@ import jax
 import machine
 import numpy as np
 import optax
-from summary import FEWEST, QUIET, spread
+from summary import quiet_rounds, spread
 
 from jaxlm import grads, losses, metrics, models, optim, train
 from jaxlm.types import Batch
@@ -92,20 +92,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="how many turns each has (default: 40)")
     parser.add_argument("--smoke", action="store_true", help="show that it works: a tiny model, on the CPU")
     options = parser.parse_args()
-    environment = machine.environment(huge_pages=True)
     if options.smoke:
-        options.rounds, environment["JAX_PLATFORMS"] = 1, "cpu"
-    if environment != dict(os.environ):  # malloc reads its variables when a process starts
-        os.execve(sys.executable, sys.orig_argv, environment)
-    device = machine.processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+        options.rounds = 1
+    machine.restart(on_cpu=options.smoke)
+    device = machine.device()
     adamw = optim.adamw(1e-3)
     bare = Contestant(adamw, watched=False, smoke=options.smoke)
     watched = Contestant(optim.skip_nonfinite(adamw), watched=True, smoke=options.smoke)
     for i in range(options.rounds):
         for one in random.Random(i).sample([bare, watched], 2):
             one.take()
-    quiet = [i for i in range(options.rounds) if max(bare.foreign_cores[i], watched.foreign_cores[i]) <= QUIET]
-    counted = quiet if len(quiet) >= FEWEST else list(range(options.rounds))
+    counted = quiet_rounds([bare.foreign_cores, watched.foreign_cores])
     ratio = spread([watched.seconds[i] / bare.seconds[i] for i in counted])
     quartiles = "{median:.3f} ({lower_quartile:.3f} to {upper_quartile:.3f})".format(**ratio)
     print(f"a watched step takes {quartiles} of a bare one's {1e3 * np.median(bare.seconds):.1f} ms on {device}")
