@@ -72,6 +72,7 @@ bench: setup ## train steps, optimizers, attention, memory and data against base
 audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none of which is needed
 	.venv-ahead/bin/python benchmarks/traffic.py
 	.venv-ahead/bin/python benchmarks/precision_ahead.py
+	.venv-ahead/bin/python benchmarks/remat_ahead.py
 	.venv-ahead/bin/python benchmarks/attention_ahead.py
 	.venv-ahead/bin/python benchmarks/zero.py $(ARGS)
 
@@ -87,4 +88,4 @@ docs: setup ## the examples in docstrings and the README's program
 	$(BIN)/pytest jaxlm tests/test_readme.py $(ARGS)
 
 lock: setup ## choose the newest versions that fit together
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra data --extra experiments --extra dev --no-emit-index-url --upgrade pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra data --extra experiments --extra quantized --extra dev --no-emit-index-url --upgrade pyproject.toml -o requirements.lock

@@ -18,7 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 OUT: Final = Path(__file__).parent / "results" / "optimizers-traffic-h100.json"
-BYTES: Final = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "pred": 1, "s8": 1, "u8": 1}
+BYTES: Final = {
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+}
 INSTRUCTION: Final = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:,|$)(.*)")
 
 
@@ -93,7 +97,7 @@ def main() -> None:
 
 def _size(shape: str) -> int:
     total = 0
-    for dtype, sides in re.findall(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]", shape):
+    for dtype, sides in re.findall(r"\b([a-z]+[0-9]*\w*)\[([0-9,]*)\]", shape):
         elements = 1
         for side in filter(None, sides.split(",")):
             elements *= int(side)

@@ -14,6 +14,7 @@ import tempfile
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jaxlm.evaluate import compile_eval, evaluate
 from jaxlm.files import read_json, write_whole
 from jaxlm.generate import complete
 from jaxlm.nans import first_nan
-from jaxlm.precision import compute_in
+from jaxlm.precision import compute_in, product_in
 from jaxlm.report import write_report
 from jaxlm.watchdog import watching
 
@@ -61,6 +62,8 @@ class Config:
     """ZeRO's stage, 0 to 3: what is divided over devices rather than whole on each (docs/zero.md)."""
     mesh: tuple[int, int, int] = (1, -1, 1)
     """Devices along replica, data and model; -1: all that are left."""
+    products: Literal["int8", "float8_e4m3fn"] | None = None
+    """Operands of 8 bits in two of three products of each layer, where the device has such (docs/techniques.md)."""
     spikes: float = 0.0
     """Where the loss is so many standard deviations (such as 6) above those before: go back, leave out 200 batches."""
     patience: float = 1800.0
@@ -101,13 +104,15 @@ def main(config: Config) -> None:
         vocab=corpus.vocab, layers=config.layers, width=config.width, heads=config.heads, qk_norm=True
     )
     dtype, slices = jnp.float32 if cpu else jnp.bfloat16, config.microbatches or 1 + (cpu and mesh.size == 1)
-    init, apply = models.transformer(shape, unroll=True)
+    product = product_in(config.products) if config.products else jnp.matmul
+    init, apply = models.transformer(shape, unroll=True, product=product)
     alone = jax.value_and_grad(compute_in(dtype, losses.next_token(apply)), has_aux=True)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     rules, shapes = models.tensor_parallel(shape), jax.eval_shape(init, init_key)
     layout = sharding.lay_out(shapes, mesh, zero=config.zero, rules=rules, stacked=models.stacked)
     if config.zero == 3:
-        _, apply = models.transformer(shape, wrap_layer=grads.gather_layers(layout, "blocks", dtype=dtype))
+        gathered = grads.gather_layers(layout, "blocks", dtype=dtype)
+        _, apply = models.transformer(shape, wrap_layer=gathered, product=product)
     loss_fn = losses.next_token(apply)
     grad_fn = grads.data_parallel(jax.value_and_grad(loss_fn, has_aux=True), layout, dtype=dtype, microbatches=slices)
     schedule = schedules.warmup(schedules.cosine(config.learning_rate, 0.0, config.steps - warmup), warmup)

@@ -1,4 +1,4 @@
-"""Which arrays are computed in which precision, as wrappers of `LossFn`.
+"""Which arrays are computed in which precision, as wrappers of `LossFn` and as the product of a model's layers.
 
 | array                                                                  | dtype                        |
 |------------------------------------------------------------------------|------------------------------|
@@ -11,14 +11,19 @@
 | logits, log Z, loss, weights, metrics; the output matrix's gradient    | float32                      |
 | sums over microbatches and devices, norms of gradients                 | float32                      |
 
-This is what jaxlm's models and losses do of themselves when their parameters come in the compute dtype.
+This is what jaxlm's models and losses do of themselves when their parameters come in the compute dtype. With
+`product_in` two of the three products of each linear layer have operands of 8 bits; all else is as above.
 """
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm import tree
+from jaxlm.optional import optional
 from jaxlm.types import Aux, Batch, LossFn, Params
 
 
@@ -97,3 +102,59 @@ def _gradient_times_backward(factor: jax.Array, grad: jax.Array) -> tuple[Any, N
 
 
 _gradient_times.defvjp(_gradient_times_forward, _gradient_times_backward)
+
+
+def product_in(dtype: jax.typing.DTypeLike) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A product of 8-bit operands for linear layers, `models.transformer(config, product=product_in(jnp.int8))`.
+
+    As in SwitchBack (https://arxiv.org/abs/2304.13013, algorithm 1) the output and the input's gradient are products
+    of 8 bits, the kernel's gradient, a sum over all tokens, is not. Each token's vector has a scale of its own, its
+    largest magnitude, and so has each row or column of the kernel. So what comes out for a token doesn't depend on the
+    others in its batch, and sums stay what they are however batches are cut. float8 takes gradients in `float8_e5m2`
+    (https://arxiv.org/abs/2209.05433, section 3). Quantized by qwix, of the extra `quantized`.
+
+    Args:
+        dtype: of operands, `jnp.int8` or `jnp.float8_e4m3fn`. CPUs take both, and gain nothing.
+
+    Returns:
+        `product(x [N I], kernel [I O]) -> [N O]`, of `x`'s type, to be used like `jnp.matmul`.
+
+    Raises:
+        ValueError: another type, or one that the default device has no products of.
+        ImportError: qwix isn't installed.
+    """
+    gradients = {jnp.dtype(jnp.int8): jnp.int8, jnp.dtype(jnp.float8_e4m3fn): jnp.float8_e5m2}
+    if jnp.dtype(dtype) not in gradients:
+        names = " or ".join(x.name for x in gradients)
+        raise ValueError(f"product_in: {jnp.dtype(dtype).name} is not {names}; use one, or compute_in for wider types")
+    if jnp.dtype(dtype) == jnp.float8_e4m3fn and not _has_float8(jax.devices()[0]):
+        raise ValueError(f"product_in: {jax.devices()[0].device_kind} has no products in float8; use jnp.int8")
+    qwix = optional("qwix", "quantized")
+
+    # In int8 the largest becomes 127. Left alone, qwix makes it 127.5, and its last digit decides which way it goes.
+    largest = "absmax" if jnp.issubdtype(dtype, jnp.floating) else f"absmax,{127.5 / 127}"
+
+    def quantized(x: jax.Array, to: jax.typing.DTypeLike, axis: int) -> Any:
+        """With a scale for each index along `axis`."""
+        return qwix.quantize(x.astype(jnp.float32), to, channelwise_axes=[axis], calibration_method=largest)
+
+    def output(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        operands = quantized(x, dtype, 0), quantized(kernel, dtype, 1)
+        return qwix.dot_general(*operands, (((1,), (0,)), ((), ()))).astype(x.dtype)
+
+    def backward(operands: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, kernel = operands
+        narrow = quantized(grad, gradients[jnp.dtype(dtype)], 0), quantized(kernel, dtype, 0)
+        input_grad = qwix.dot_general(*narrow, (((1,), (1,)), ((), ())))
+        return input_grad.astype(x.dtype), (x.T @ grad).astype(kernel.dtype)
+
+    product = jax.custom_vjp(output)
+    product.defvjp(lambda x, kernel: (output(x, kernel), (x, kernel)), backward)
+    return lambda x, kernel: product(*tree.vary_alike(x, kernel))
+
+
+def _has_float8(device: Any) -> bool:
+    """GPUs have from Ada (8.9) on, TPUs from the seventh generation on; CPUs convert, which is enough for tests."""
+    if device.platform == "gpu":
+        return tuple(map(int, device.compute_capability.split("."))) >= (8, 9)
+    return device.platform != "tpu" or int(re.findall(r"\d+", device.device_kind)[0]) >= 7

@@ -11,7 +11,7 @@ PACKAGE = sorted((ROOT / "jaxlm").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 LAYERS = [
-    ["types", "tree", "fingerprint", "stages", "files", "nans"],
+    ["types", "tree", "fingerprint", "stages", "files", "nans", "optional"],
     [
         "compiled",
         "hlo",
@@ -54,6 +54,7 @@ DOORS = {
     "orbax": "jaxlm/checkpoint/",
     "grain": "jaxlm/data/pipeline.py",
     "matplotlib": ("jaxlm/report.py", "jaxlm/schedules/_plot.py", "jaxlm/data/_plot.py"),
+    "qwix": "jaxlm/precision.py",
     "rich": "jaxlm/metrics.py",
     "array_record": "jaxlm/data/sources.py",
     "datasets": "jaxlm/data/sources.py",

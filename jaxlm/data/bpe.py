@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from jaxlm.data._optional import optional
 from jaxlm.data.text import Document
 from jaxlm.data.tokenizers import END, SubwordTokenizer, read_file
+from jaxlm.optional import optional
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How GPT-2 cuts text into pieces, which tokens never cross; also that of the rank files r50k and p50k."""

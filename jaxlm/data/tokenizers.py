@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxlm import files
-from jaxlm.data._optional import optional
+from jaxlm.optional import optional
 
 END = "<|endoftext|>"
 LARGEST_FILE = 2**28  # bytes: no vocabulary is nearly as large, and a damaged or wrong file may be

@@ -4,6 +4,7 @@ Axes, here and everywhere: `B` batch, `T` query length, `S` key length, `D` mode
 query heads, `K` key and value heads, `G = N / K` query heads per key head, `H` head width, `V` vocabulary, `L` layers.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -12,12 +13,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 Activation = Literal["swiglu", "relu2"]
+Product = Callable[[Float[Array, "N I"], Float[Array, "I O"]], Float[Array, "N O"]]
+"""How linear layers multiply, their input by their kernel: `jnp.matmul`, or `precision.product_in(...)`."""
 
 
 class Linear(nnx.Module):
     """`x @ kernel`, over the last axis; `kernel [in out]` is drawn from a normal distribution."""
 
-    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs, *, std: float | None = None):
+    def __init__(
+        self, inputs: int, outputs: int, rngs: nnx.Rngs, *, std: float | None = None, product: Product = jnp.matmul
+    ):
+        self.product = product
         self.kernel = nnx.Param(
             (inputs**-0.5 if std is None else std) * jax.random.normal(rngs.params(), (inputs, outputs))
         )
@@ -25,7 +31,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*axes I"]) -> Float[Array, "*axes O"]:
         # One axis to contract in the backward pass too: with more, XLA:CPU takes 1.5 times as long for the whole step.
         kernel = self.kernel[...]
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+        return self.product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class RMSNorm(nnx.Module):
@@ -61,10 +67,19 @@ class FeedForward(nnx.Module):
     `down(relu(up(x)) ** 2)` (https://arxiv.org/abs/2109.08668).
     """
 
-    def __init__(self, width: int, hidden: int, activation: Activation, rngs: nnx.Rngs, *, out_scale: float):
-        self.gate = Linear(width, hidden, rngs) if activation == "swiglu" else None
-        self.up = Linear(width, hidden, rngs)
-        self.down = Linear(hidden, width, rngs, std=out_scale * hidden**-0.5)
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Activation,
+        rngs: nnx.Rngs,
+        *,
+        out_scale: float,
+        product: Product = jnp.matmul,
+    ):
+        self.gate = Linear(width, hidden, rngs, product=product) if activation == "swiglu" else None
+        self.up = Linear(width, hidden, rngs, product=product)
+        self.down = Linear(hidden, width, rngs, std=out_scale * hidden**-0.5, product=product)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.gate is None:

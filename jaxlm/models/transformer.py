@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Integer
 from jaxlm import tree
 from jaxlm.models.attention import Implementation, attention
 from jaxlm.models.functional import functional
-from jaxlm.models.layers import Activation, FeedForward, Linear, RMSNorm, rotary
+from jaxlm.models.layers import Activation, FeedForward, Linear, Product, RMSNorm, rotary
 from jaxlm.models.masks import Mask, causal
 from jaxlm.models.masks import window as window_of
 from jaxlm.types import Params
@@ -128,13 +128,13 @@ Attend = Callable[..., Float[Array, "B T N H"]]
 class Attention(nnx.Module):
     """Projections, rotary positions and causal attention."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, out_scale: float):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, out_scale: float, product: Product):
         self.config = config
         inner = config.heads * config.head_width
-        self.q = Linear(config.width, inner, rngs)
-        self.k = Linear(config.width, config.key_heads * config.head_width, rngs)
-        self.v = Linear(config.width, config.key_heads * config.head_width, rngs)
-        self.o = Linear(inner, config.width, rngs, std=out_scale * inner**-0.5)
+        self.q = Linear(config.width, inner, rngs, product=product)
+        self.k = Linear(config.width, config.key_heads * config.head_width, rngs, product=product)
+        self.v = Linear(config.width, config.key_heads * config.head_width, rngs, product=product)
+        self.o = Linear(inner, config.width, rngs, std=out_scale * inner**-0.5, product=product)
         norm = RMSNorm if config.qk_norm else None
         self.q_norm = norm and norm(config.head_width, rngs, epsilon=config.norm_epsilon)
         self.k_norm = norm and norm(config.head_width, rngs, epsilon=config.norm_epsilon)
@@ -157,12 +157,13 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward, each after a norm and added to its input."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        out_scale = (2 * config.layers) ** -0.5  # keeps the residual stream's variance independent of depth
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, product: Product):
+        # Such an `out_scale` keeps the residual stream's variance independent of depth.
+        options: Any = {"out_scale": (2 * config.layers) ** -0.5, "product": product}
         self.attention_norm = RMSNorm(config.width, rngs, epsilon=config.norm_epsilon)
-        self.attention = Attention(config, rngs, out_scale=out_scale)
+        self.attention = Attention(config, rngs, **options)
         self.feed_forward_norm = RMSNorm(config.width, rngs, epsilon=config.norm_epsilon)
-        self.feed_forward = FeedForward(config.width, config.hidden_width, config.activation, rngs, out_scale=out_scale)
+        self.feed_forward = FeedForward(config.width, config.hidden_width, config.activation, rngs, **options)
 
     def __call__(
         self, x: Float[Array, "B T D"], where: Where, cached: KeysAndValues | None, attend: Attend
@@ -186,6 +187,7 @@ class Transformer(nnx.Module):
             `grads.gather_layers(...)`.
         mask: what all layers see, each within its window: one of `masks`.
         implementation: of attention, one of `attention`'s; None: the fastest that can do it on the default backend.
+        product: how the blocks' linear layers multiply, such as `precision.product_in(jnp.int8)`.
     """
 
     def __init__(
@@ -197,12 +199,13 @@ class Transformer(nnx.Module):
         wrap_layer: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
         mask: Mask = causal,
         implementation: Implementation | None = None,
+        product: Product = jnp.matmul,
     ):
         self.config, self.unroll, self.wrap_layer = config, unroll, wrap_layer
         self.mask, self.implementation = mask, implementation
         self.embed = nnx.Param(config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab, config.width)))
         keys = jax.random.split(rngs.params(), config.layers)
-        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
+        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key), product))(keys)
         self.norm = RMSNorm(config.width, rngs, epsilon=config.norm_epsilon)
         self.head = None if config.tied else Linear(config.width, config.vocab, rngs)
 

@@ -1,4 +1,4 @@
-"""Packages that only some sources and tokenizers need."""
+"""Packages that only some sources, tokenizers and precisions need."""
 
 import importlib
 from typing import Any
