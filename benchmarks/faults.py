@@ -87,10 +87,37 @@ def killed(kills: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
         }
 
 
+def soaked(said: Iterator[dict[str, Any]], console: Console) -> Iterator[dict[str, Any]]:
+    """Runs of two processes under all faults by turns: what became of each kind of fault, and what was kept in all."""
+    outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for line in said:
+        if "fault" in line:
+            ended = {"[0, 0]": "it was done", "[75, 75]": "left together"}.get(str(line["codes"]), "ended")
+            outcomes[line["fault"]][f"{ended}, {'no' if line['lost'] == 0 else 'some'} steps taken again"] += 1
+            if console.is_terminal:
+                console.print(f"{sum(map(collections.Counter.total, outcomes.values()))} faults", end="\r")
+        else:
+            names = {name: f"two processes: {name}" for name in outcomes}
+            yield from (
+                {"fault": names[kind], "trials": counts.total(), "outcomes": counts, "wrong": list[str]()}
+                for kind, counts in sorted(outcomes.items())
+            )
+            kept = {name: line[name] for name in ("runs", "minutes", "steps_kept", "time_kept")}
+            same = {"as an undisturbed run": line["runs"]}
+            yield {
+                "fault": "two processes: all runs, in the end",
+                "trials": line["runs"],
+                "outcomes": same,
+                "wrong": list[str](),
+                **kept,
+            }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("calls", "damage", "kills"), help="leave the other rows as they are")
+    parser.add_argument("--only", choices=("calls", "damage", "kills", "soak"), help="leave the other rows as they are")
     parser.add_argument("--kills", type=int, default=250, help="a fifth of them by SIGTERM")
+    parser.add_argument("--minutes", type=float, default=30, help="for which two processes suffer everything")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="show that it works: a few trials of each")
     options = parser.parse_args()
@@ -102,6 +129,8 @@ def main() -> None:
         results += damage(4 if smoke else 1000, seed, *([] if smoke else ["--each"]))
     if options.only in (None, "kills"):
         results += killed(1 if smoke else options.kills, seed, console)
+    if options.only in (None, "soak") and not smoke:
+        results += soaked(lines("soak", f"--minutes={options.minutes}", f"--seed={seed}"), console)
     shown = Table("fault", "trials", "what became of it", "wrong", title=f"Checkpoints under faults, seed {seed}")
     for r in results:
         outcomes = ", ".join(f"{name}: {count}" for name, count in sorted(r["outcomes"].items()))

@@ -183,7 +183,8 @@ def leaving_together() -> Generator[None]:
     scheduler:
 
     - 1: a process failed with an error of its own, which it would meet again.
-    - 75: a process was lost (killed, out of memory, its machine gone): start all again, to go on from a checkpoint.
+    - 75: a process was lost (killed, out of memory, its machine gone), or couldn't save its part of a checkpoint: start
+      all again, to go on from a checkpoint.
     - 134 (SIGABRT): JAX ended the process, which nothing can catch: process 0 is gone ("the leader task") or doesn't
       answer (as is said after 5 s), or the tasks that it names "stopped sending heartbeats", for `heartbeat_seconds`; a
       task is a process. The latter is how the loss of a process shows on GPUs, and one that is stopped (SIGSTOP). If
@@ -281,13 +282,18 @@ def _warn(text: str) -> None:
         print(f"process {_coordination().process_id}: {text}", file=sys.stderr, flush=True)
 
 
-def _leave(failure: str) -> NoReturn:
+def leave(failure: str) -> NoReturn:
+    """Ends this process of several, from any of its threads, and so the others, to be started again (75)."""
+    _leave(failure, RESTART)
+
+
+def _leave(failure: str, code: int = 1) -> NoReturn:
     """Ends the process, once the others have said why they leave, with `failure` or without, or have not answered."""
     _LEAVING_ONCE.acquire()
     try:
         state = _coordination()
         me, said = state.process_id, dict[int, str]()
-        state.client.key_value_set(f"{LEAVING}/{me}", failure[:300])
+        state.client.key_value_set(f"{LEAVING}/{me}", failure and f"{code} {failure[:300]}")
         deadline = time.monotonic() + PATIENCE
         while len(said) < state.num_processes and time.monotonic() < deadline and not (failure and me > 0):
             time.sleep(0.05)
@@ -295,15 +301,16 @@ def _leave(failure: str) -> NoReturn:
         failed = sorted(process for process, why in said.items() if why)
         lost = sorted(set(range(state.num_processes)) - set(said))
         if failure:
-            line, code = "failed", 1
+            line = "failed"
         elif failed:
-            line, code = f"{_named(failed)} failed: {said[failed[0]]}", 1
+            told, _, why = said[failed[0]].partition(" ")
+            line, code = f"{_named(failed)} failed: {why}", int(told)
         elif lost:
             line, code = f"lost {_named(lost)}", RESTART
         else:
             line, code = "a collective failed while all processes live", RESTART
     except UNREACHABLE as error:
-        me, line, code = "?", f"lost process 0 ({type(error).__name__}: {error})", 1 if failure else RESTART
+        me, line, code = "?", f"lost process 0 ({type(error).__name__}: {error})", code if failure else RESTART
     with contextlib.suppress(OSError):
         print(f"process {me}: {line}; leaving with exit code {code}", file=sys.stderr, flush=True)
         sys.stdout.flush()

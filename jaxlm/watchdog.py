@@ -16,25 +16,27 @@ from typing import final
 from jaxlm.compiled import signature
 from jaxlm.types import Batch
 
-# Runs alone, in a Python that imports nothing else. It ends with the process that it watches, whose end of the pipe
-# closes then. A select that returns far too late was itself stopped (Ctrl-Z, a machine asleep): time begins anew.
+# Runs alone, in a Python that imports nothing else, and looks at what was said once a second, since to be woken by each
+# word would cost the process that it watches a core for a moment. It ends with that, whose end of the pipe closes then.
+# A pause that was far too long was itself stopped (Ctrl-Z, a machine asleep): time begins anew.
 WATCH = """
 import os, select, signal, sys, time
 for number in signal.SIGINT, signal.SIGTERM:  # which reach the whole group, and are for the process that it watches
     signal.signal(number, signal.SIG_IGN)
 process, limit, stacks, last, since = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], "", time.monotonic()
+pause = min(1.0, limit / 20)
 while True:
     began = time.monotonic()
-    wait = max(0.0, since + limit - began)
-    ready = select.select([0], [], [], wait)[0]
-    if time.monotonic() - began > wait + 5:
-        since = time.monotonic()
-    elif ready:
-        said = os.read(0, 65536)
+    time.sleep(pause)
+    now = time.monotonic()
+    if select.select([0], [], [], 0)[0]:
+        said = os.read(0, 1 << 20)
         if not said:
             break
-        last, since = said.decode().splitlines()[-1], time.monotonic()
-    else:
+        last, since = said.decode().splitlines()[-1], now
+    elif now - began > pause + 5:
+        since = now
+    elif now - since > limit:
         print(f"watchdog: process {process} made no progress for {limit:g} s, since it was {last}. It is ended by "
               f"SIGABRT (exit code 134: start it again); where its threads were is in {stacks}", file=sys.stderr,
               flush=True)
@@ -101,6 +103,7 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
         watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)],
             stdin=subprocess.PIPE,
+            pipesize=1 << 20,
         )
         assert watcher.stdin is not None
         try:
@@ -110,6 +113,7 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
             yield watchdog
         finally:
             watcher.stdin.close()
+            watcher.kill()
             watcher.wait()
             faulthandler.disable()
     path.unlink()

@@ -18,7 +18,7 @@ from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import Json
 from jaxlm.checkpoint._reading import causes, check, load, none_whole, or_damage, report, report_damage
 from jaxlm.fingerprint import begin_fingerprints, read_fingerprints
-from jaxlm.tree import named_leaves
+from jaxlm.tree import named_leaves, nbytes
 from jaxlm.types import TrainState
 
 FAILURES: Final = 3
@@ -85,7 +85,9 @@ class Checkpoints:
         """Begins to save a state under its step, and returns once it is safe to donate it.
 
         Does nothing if its step is the newest one already. A save that fails for want of space, or because the disk has
-        errors, is reported on stderr, what it wrote is removed, and the run goes on: the next save may succeed.
+        errors, is reported on stderr, what it wrote is removed, and the run goes on: the next save may succeed. Of
+        several processes the first looks for room before any begins; where the disk then fails one in the middle, which
+        the others would wait for, all leave for a restart: see `distributed.leaving_together`.
 
         Raises:
             OSError: the last three saves failed so; older checkpoints are intact.
@@ -102,6 +104,15 @@ class Checkpoints:
                 )
             return
         parts = _parts(state)
+
+        def find_room() -> None:
+            if shutil.disk_usage(self._folder).free < nbytes(parts) + 2**20:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        if jax.process_count() > 1 and distributed.by_first(lambda: self._attempt(step, find_room) is not None):
+            self._saving = step, Future()
+            self._saving[1].set_exception(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            return
         sums = begin_fingerprints(parts)
 
         def begin() -> Any:
@@ -111,7 +122,7 @@ class Checkpoints:
             with context:
                 return ocp.save_checkpointables_async(str(_folder.unfinished(self._folder, step)), parts)
 
-        response = self._attempt(step, begin)
+        response = self._attempt(step, begin, together=True)
         if isinstance(response, OSError):
             self._saving = step, Future()
             self._saving[1].set_exception(response)
@@ -121,14 +132,14 @@ class Checkpoints:
     def _finish(self, step: int, shapes: Json, sums: dict[str, jax.Array], response: Any) -> None:
         """Waits until all arrays are written, and lets them count. It runs in the background."""
 
-        def finish() -> None:
-            response.result()
-            if distributed.first():
-                prints = read_fingerprints(sums)
-                leaves = {name: [*shape, prints[name]] for name, shape in shapes.items()}
-                _folder.commit(self._folder, step, {"format": _folder.FORMAT, "about": self._about, "leaves": leaves})
+        def commit() -> None:
+            prints = read_fingerprints(sums)
+            leaves = {name: [*shape, prints[name]] for name, shape in shapes.items()}
+            _folder.commit(self._folder, step, {"format": _folder.FORMAT, "about": self._about, "leaves": leaves})
 
-        failed = self._attempt(step, finish)
+        failed = self._attempt(step, response.result, together=True)
+        if not failed and distributed.first():
+            failed = self._attempt(step, commit)
         if failed:
             raise failed
         if distributed.first():
@@ -141,8 +152,11 @@ class Checkpoints:
                 except OSError as error:
                     report(f"checkpoint {old} could not be removed: {error}")
 
-    def _attempt(self, step: int, work: Callable[[], Any]) -> Any:
-        """What `work` returns, or the error if the disk fails it: that is said, and what it has written removed."""
+    def _attempt(self, step: int, work: Callable[[], Any], *, together: bool = False) -> Any:
+        """What `work` returns, or the error if the disk fails it: that is said, and what it has written removed.
+
+        In work that processes do together the others would wait for the one that fails, Orbax's for 20 minutes.
+        """
         try:
             return work()
         except Exception as error:
@@ -151,6 +165,8 @@ class Checkpoints:
                 raise
             report(f"checkpoint {step} was not saved: {failed.strerror}; the older ones are intact")
             shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
+            if together and jax.process_count() > 1:
+                distributed.leave(f"checkpoint {step} was not saved: {failed.strerror}")
             return failed
 
     def _settle(self) -> None:

@@ -43,8 +43,8 @@ def import_pretrain() -> ModuleType:
     return module
 
 
-def begin(pretrain: ModuleType, folder: Path, text: Path) -> int:
-    """Forks a run whose folder is `folder/runs/pretrain`."""
+def begin(pretrain: ModuleType, folder: Path, text: Path, **options: Any) -> int:
+    """Forks a run, or with `join` a process of one, whose folder is `folder/runs/pretrain`."""
     child = os.fork()
     if child:
         return child
@@ -53,7 +53,10 @@ def begin(pretrain: ModuleType, folder: Path, text: Path) -> int:
         out = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        pretrain.main(pretrain.Config(text=str(text), steps=STEPS, save_every=SAVE_EVERY, **SMALL))
+        settings = {"text": str(text), "steps": STEPS, "save_every": SAVE_EVERY, **SMALL, **options}
+        pretrain.distributed.start(options.get("join"))
+        with pretrain.distributed.leaving_together():
+            pretrain.main(pretrain.Config(**settings))
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -99,7 +102,7 @@ def lines(path: Path) -> list[str]:
 
 def result(run: Path) -> tuple[str, Any, Any]:
     """What must be the same: the metrics of all steps, the results, and the fingerprints of the last state."""
-    manifest = json.loads((run / "checkpoints" / str(STEPS) / "jaxlm.json").read_text())
+    manifest = json.loads((run / "checkpoints" / str(newest(run)) / "jaxlm.json").read_text())
     return (run / "metrics.jsonl").read_text(), json.loads((run / "results.json").read_text()), manifest["leaves"]
 
 

@@ -1,8 +1,16 @@
-"""What each of two processes does: HOST:PORT, how many, which, a folder. They save, one is damaged, they restore."""
+"""What each of two processes does: HOST:PORT, how many, which, a folder, what happens.
 
+`damaged`: they save, a checkpoint is damaged, they restore. `full`: there is no room for one, then there is. `fails`:
+the disk fails one of them in the middle of a save.
+"""
+
+import errno
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +30,60 @@ def state_at(step: int, mesh: jax.sharding.Mesh) -> TrainState:
     return jax.jit(make, out_shardings=TrainState(whole, {"w": divided}, {"m": divided}))()
 
 
-def main(where: str, processes: str, process: str, folder: str) -> None:
+def full(path: Path) -> None:
+    """A save that there is no room for is left out, and training goes on."""
+    mesh = sharding.mesh()
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        checkpoints.save(state_at(1, mesh))
+        with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=2**20)):
+            checkpoints.save(state_at(2, mesh))
+        checkpoints.save(state_at(3, mesh))
+    print(json.dumps(sorted(file.name for file in path.iterdir())))
+
+
+def fails(path: Path) -> None:
+    """The others wait for one that can't write, unless it ends them."""
+    mesh, save = sharding.mesh(), checkpoint._checkpoints.ocp.save_checkpointables_async
+
+    def response_of(*arguments: Any) -> Any:
+        save(*arguments)
+        return mock.Mock(result=mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        checkpoints.save(state_at(1, mesh))
+        checkpoints.wait()
+        if not distributed.first():
+            checkpoint._checkpoints.ocp.save_checkpointables_async = response_of
+        checkpoints.save(state_at(2, mesh))
+        checkpoints.save(state_at(3, mesh))
+
+
+def main(where: str, processes: str, process: str, folder: str, what: str) -> None:
     distributed.start((where, int(processes), int(process)))
     with distributed.leaving_together():
-        mesh, path = sharding.mesh(), Path(folder)
-        with checkpoint.Checkpoints(path, {}) as checkpoints:
-            for step in (1, 2):
-                checkpoints.save(state_at(step, mesh))
-        if distributed.first():
-            for file in (path / "2" / "params" / "ocdbt.process_1" / "d").iterdir():  # what the other process wrote
-                file.write_bytes(bytes(file.stat().st_size))
-            manifest = path / "2" / "jaxlm.json"
-            content = json.loads(manifest.read_text())
-            content["files"] = {}  # so that it is only seen when it is loaded
-            del content["checksum"]
-            manifest.write_text(checkpoint._folder._dump(content))
-        distributed.exchange("damaged")
-        with checkpoint.Checkpoints(path, {}) as checkpoints:
-            state = checkpoints.restore(state_at(0, mesh))
-            assert state is not None
-            print(json.dumps([int(state.step), fingerprints(state) == fingerprints(state_at(1, mesh))]))
-            checkpoints.save(state_at(2, mesh))
-        print(json.dumps(sorted(file.name for file in path.iterdir())))
+        {"damaged": damaged, "full": full, "fails": fails}[what](Path(folder))
+
+
+def damaged(path: Path) -> None:
+    mesh = sharding.mesh()
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state_at(step, mesh))
+    if distributed.first():
+        for file in (path / "2" / "params" / "ocdbt.process_1" / "d").iterdir():  # what the other process wrote
+            file.write_bytes(bytes(file.stat().st_size))
+        manifest = path / "2" / "jaxlm.json"
+        content = json.loads(manifest.read_text())
+        content["files"] = {}  # so that it is only seen when it is loaded
+        del content["checksum"]
+        manifest.write_text(checkpoint._folder._dump(content))
+    distributed.exchange("damaged")
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        state = checkpoints.restore(state_at(0, mesh))
+        assert state is not None
+        print(json.dumps([int(state.step), fingerprints(state) == fingerprints(state_at(1, mesh))]))
+        checkpoints.save(state_at(2, mesh))
+    print(json.dumps(sorted(file.name for file in path.iterdir())))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ ROOT = Path(__file__).parents[2]
 NOT_OURS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_", "NPROC")
 
 
-@pytest.mark.slow
-def test_two_processes_agree_on_the_older_one(tmp_path: Path) -> None:
+def end_of_two(folder: Path, what: str) -> tuple[list[int], list[tuple[str, str]]]:
+    """The exit codes of both, and what they said on stdout and stderr."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     where, script = f"127.0.0.1:{free_port()}", str(ROOT / "tests/faults/several.py")
-    folder = str(tmp_path / "checkpoints")
     running = [
         subprocess.Popen(
-            [sys.executable, script, where, "2", str(process), folder],
+            [sys.executable, script, where, "2", str(process), str(folder), what],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -35,11 +34,41 @@ def test_two_processes_agree_on_the_older_one(tmp_path: Path) -> None:
         for process in running:
             process.kill()
             process.communicate()
-    assert [process.returncode for process in running] == [0, 0], ended
+    return [process.returncode for process in running], ended
+
+
+def said(out: str) -> list[object]:
+    """Gloo says things too."""
+    return [json.loads(line) for line in out.splitlines() if line.startswith("[") and "peer" not in line]
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_older_one(tmp_path: Path) -> None:
+    codes, ended = end_of_two(tmp_path / "checkpoints", "damaged")
+    assert codes == [0, 0], ended
     for out, _ in ended:
-        # Gloo says things too.
-        found = [json.loads(line) for line in out.splitlines() if line.startswith("[") and "peer" not in line]
-        assert found == [[1, True], [".lock", "1", "2", "2.damaged-1"]]
+        assert said(out) == [[1, True], [".lock", "1", "2", "2.damaged-1"]]
     first, second = (err for _, err in ended)
     assert first.count("checkpoint 2 is damaged and not used") == first.count("checkpoint 2 is now 2.damaged-1") == 1
     assert "damaged" not in second
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_there_is_no_room(tmp_path: Path) -> None:
+    codes, ended = end_of_two(tmp_path / "checkpoints", "full")
+    assert codes == [0, 0], ended
+    for out, _ in ended:
+        assert said(out) == [[".lock", "1", "3"]]
+    first, second = (err for _, err in ended)
+    assert first.count("checkpoint 2 was not saved: No space left on device; the older ones are intact") == 1
+    assert "not saved" not in second
+
+
+def test_a_process_that_cannot_write_ends_the_others_which_wait_for_it(tmp_path: Path) -> None:
+    codes, ended = end_of_two(tmp_path / "checkpoints", "fails")
+    assert codes == [75, 75], ended
+    first, second = (err for _, err in ended)
+    why = "checkpoint 2 was not saved: No space left on device"
+    assert f"process 0: process 1 failed: {why}; leaving with exit code 75" in first
+    assert f"{why}; the older ones are intact" in second
+    assert "2" not in {file.name for file in (tmp_path / "checkpoints").iterdir()}
