@@ -97,9 +97,8 @@ def soaked(said: Iterator[dict[str, Any]], console: Console) -> Iterator[dict[st
             if console.is_terminal:
                 console.print(f"{sum(map(collections.Counter.total, outcomes.values()))} faults", end="\r")
         else:
-            names = {name: f"two processes: {name}" for name in outcomes}
             yield from (
-                {"fault": names[kind], "trials": counts.total(), "outcomes": counts, "wrong": list[str]()}
+                {"fault": f"two processes: {kind}", "trials": counts.total(), "outcomes": counts, "wrong": list[str]()}
                 for kind, counts in sorted(outcomes.items())
             )
             kept = {name: line[name] for name in ("runs", "minutes", "steps_kept", "time_kept")}

@@ -78,6 +78,8 @@ class Config:
 
 def main(config: Config) -> None:
     folder, first, by_first = Path("runs") / config.name, distributed.first(), distributed.by_first
+    if ".." in folder.parts or folder.parts[0] != "runs" or folder == Path("runs"):
+        raise ValueError(f"name is {config.name!r}: it is a folder within runs/, such as 'first' or 'wide/first'")
     config = dataclasses.replace(config, join=None)
     distributed.agree(**dataclasses.asdict(config))
     config, debug = dataclasses.replace(config, debug_nans=None), config.debug_nans
@@ -118,7 +120,7 @@ def main(config: Config) -> None:
     schedule = schedules.warmup(schedules.cosine(config.learning_rate, 0.0, config.steps - warmup), warmup)
     muon = partial(optim.muon, matrices=models.matrices, stacked=models.stacked, bank_sharding=layout.banks)
     muon = muon(schedule, orthogonalize=optim.newton_schulz(dtype=dtype), weight_decay=0.1)
-    optimizer = optax.chain(optim.clip_by_global_norm(1.0), muon)
+    optimizer = optim.skip_nonfinite(optax.chain(optim.clip_by_global_norm(1.0), muon))
     if first:
         print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
         print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices))

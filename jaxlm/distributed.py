@@ -283,7 +283,9 @@ def _warn(text: str) -> None:
 
 
 def leave(failure: str) -> NoReturn:
-    """Ends this process of several, from any of its threads, and so the others, to be started again (75)."""
+    """Ends this process of several, from any of its threads, to be started again (75), and so those others that are
+    inside `leaving_together`.
+    """
     _leave(failure, RESTART)
 
 
@@ -303,7 +305,7 @@ def _leave(failure: str, code: int = 1) -> NoReturn:
         if failure:
             line = "failed"
         elif failed:
-            told, _, why = said[failed[0]].partition(" ")
+            told, _, why = min(said[process] for process in failed).partition(" ")  # 1, its own error, before 75
             line, code = f"{_named(failed)} failed: {why}", int(told)
         elif lost:
             line, code = f"lost {_named(lost)}", RESTART

@@ -69,7 +69,8 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     files.lock(folder)
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    if (folder / "config.json").exists() and not begun:
+    exists = (folder / "config.json").exists()
+    if exists and not begun and files.read_json(folder / "config.json").keys() == config.keys():
         for path in folder.iterdir():  # of a command that was refused
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

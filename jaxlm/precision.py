@@ -9,6 +9,7 @@
 | norms, rotary angles and turns                                         | float32                      |
 | attention's scores, softmax and its sums                               | float32                      |
 | logits, log Z, loss, weights, metrics; the output matrix's gradient    | float32                      |
+| scalars: learning rate, loss scale, norms, a router's scores if any    | float32                      |
 | sums over microbatches and devices, norms of gradients                 | float32                      |
 
 This is what jaxlm's models and losses do of themselves when their parameters come in the compute dtype. With
@@ -120,7 +121,7 @@ def product_in(dtype: jax.typing.DTypeLike) -> Callable[[jax.Array, jax.Array], 
         `product(x [N I], kernel [I O]) -> [N O]`, of `x`'s type, to be used like `jnp.matmul`.
 
     Raises:
-        ValueError: another type, or one that the default device has no products of.
+        ValueError: another type, or float8 where the default device has no products of it.
         ImportError: qwix isn't installed.
     """
     gradients = {jnp.dtype(jnp.int8): jnp.int8, jnp.dtype(jnp.float8_e4m3fn): jnp.float8_e5m2}
@@ -156,5 +157,5 @@ def product_in(dtype: jax.typing.DTypeLike) -> Callable[[jax.Array, jax.Array], 
 def _has_float8(device: Any) -> bool:
     """GPUs have from Ada (8.9) on, TPUs from the seventh generation on; CPUs convert, which is enough for tests."""
     if device.platform == "gpu":
-        return tuple(map(int, device.compute_capability.split("."))) >= (8, 9)
+        return tuple(map(int, re.findall(r"\d+", device.compute_capability))) >= (8, 9)
     return device.platform != "tpu" or int(re.findall(r"\d+", device.device_kind)[0]) >= 7

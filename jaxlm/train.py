@@ -14,7 +14,7 @@ import optax
 from jaxlm import tree
 from jaxlm.compiled import Compiled, compile_for, donating
 from jaxlm.grads import takes_loss_scale
-from jaxlm.optim import loss_scaling
+from jaxlm.optim import loss_scaling, skipped
 from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 
 
@@ -49,7 +49,8 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
     Returns:
         A pure function, for `jax.jit`, `fit` or `compile_step`. Its metrics: `loss` and the loss function's
         own, averaged over the batch's weight; `grad_norm`, the global norm of the mean's gradient; `weight`, the sum;
-        where the loss is scaled, `loss_scale`, that of the next step, and `skipped`, how many steps were.
+        where the loss is scaled, `loss_scale`, that of the next step; where steps may be skipped, `skipped`, how many
+        were.
 
     Raises:
         ValueError: when traced: gradients in float16, or only one of `grad_fn` and optimizer that scales the loss.
@@ -78,7 +79,9 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
         params = optax.apply_updates(state.params, updates)
         metrics = {**means, "grad_norm": tree.norm(grads), "weight": aux.weight_sum}
         if scaling := loss_scaling(opt_state):
-            metrics |= {"loss_scale": scaling.loss_scale, "skipped": scaling.skipped}
+            metrics["loss_scale"] = scaling.loss_scale
+        if (count := skipped(opt_state)) is not None:
+            metrics["skipped"] = count
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

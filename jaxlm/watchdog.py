@@ -17,8 +17,9 @@ from jaxlm.compiled import signature
 from jaxlm.types import Batch
 
 # Runs alone, in a Python that imports nothing else, and looks at what was said once a second, since to be woken by each
-# word would cost the process that it watches a core for a moment. It ends with that, whose end of the pipe closes then.
-# A pause that was far too long was itself stopped (Ctrl-Z, a machine asleep): time begins anew.
+# word would cost the process that it watches a core for a moment; what doesn't fit into the pipe meanwhile, words of
+# some 350 steps, is lost. It ends with that process, whose end of the pipe closes then. A pause that was far too long
+# was itself stopped (Ctrl-Z, a machine asleep): time begins anew.
 WATCH = """
 import os, select, signal, sys, time
 for number in signal.SIGINT, signal.SIGTERM:  # which reach the whole group, and are for the process that it watches
@@ -33,7 +34,7 @@ while True:
         said = os.read(0, 1 << 20)
         if not said:
             break
-        last, since = said.decode().splitlines()[-1], now
+        last, since = said.decode(errors="replace").splitlines()[-1], now
     elif now - began > pause + 5:
         since = now
     elif now - since > limit:
@@ -103,7 +104,6 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
         watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)],
             stdin=subprocess.PIPE,
-            pipesize=1 << 20,
         )
         assert watcher.stdin is not None
         try:

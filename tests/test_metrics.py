@@ -115,6 +115,15 @@ def test_a_folder_whose_run_has_not_begun_is_made_anew(tmp_path: Path) -> None:
     assert not (folder / "corpus").exists()
 
 
+def test_nothing_is_removed_from_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"editor": "theirs"}')
+    (tmp_path / "precious").touch()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="belongs to another configuration: editor is 'theirs' there"):
+            metrics.open_run(tmp_path, {"steps": 1}, __file__)
+    assert (tmp_path / "precious").exists()
+
+
 def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

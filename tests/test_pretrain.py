@@ -174,6 +174,20 @@ def test_a_spike_is_gone_back_from_and_its_batches_left_out(text: Path, tmp_path
     assert [line["step"] for line in metrics.read_log(run / "metrics.jsonl")] == list(range(1, 301))
 
 
+def test_a_run_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("pretrain_alone", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    pretrain = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, pretrain)
+    spec.loader.exec_module(pretrain)
+    for name in ("..", "../elsewhere", "a/../../b", "/elsewhere", "", "."):
+        with pytest.raises(ValueError, match="it is a folder within runs/"):
+            pretrain.main(pretrain.Config(name=name))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_nan_is_found_by_the_number_of_its_step_alone(text: Path, tmp_path: Path) -> None:
     wrong = ("--steps=40", "--learning-rate=1e30")
     output = finish(start(tmp_path, text, *wrong), 1)

@@ -193,6 +193,34 @@ def test_a_run_is_the_same_on_one_device_and_on_many(
     assert_close(run(OPTIMIZERS[name], lay_out(mesh, zero), microbatches), alone(name), name)
 
 
+@pytest.mark.parametrize(
+    "zero", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_a_nan_on_one_device_changes_nothing_on_any(zero: int):
+    layout = lay_out("8", zero)
+
+    def loss_fn(params: Params, batch: Batch, key: jax.Array) -> Any:
+        loss, aux = model(grads.gather_layers(layout, "blocks") if zero == 3 else None)(params, batch, key)
+        return jnp.where(jnp.any(batch["bad"]), jnp.nan, 1) * loss, aux
+
+    optimizer = optim.skip_nonfinite(optim.adamw(1e-3))
+    grad_fn = grads.data_parallel(jax.value_and_grad(loss_fn, has_aux=True), layout)
+    state = jax.jit(lambda: train.start(params(), optimizer), out_shardings=layout.state(optimizer))()
+    rows, before = sharding.by_rows(layout.mesh), sharding.to_host(state)
+    bad = {**batches(1)[0], "bad": np.arange(ROWS) == 20}  # on the sixth device
+    found, metrics = jax.jit(train.make_step(grad_fn, optimizer, KEY))(state, sharding.place(bad, rows))
+    assert not np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == 1
+    found = sharding.to_host(found)
+    jax.tree.map(
+        np.testing.assert_array_equal, (found.params, found.opt_state.inner), (before.params, before.opt_state.inner)
+    )
+    good = {**bad, "bad": np.zeros(ROWS, bool)}
+    _, metrics = jax.jit(train.make_step(grad_fn, optimizer, KEY))(state, sharding.place(good, rows))
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"] == 0
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "zero", "mesh"),

@@ -86,8 +86,9 @@ class Checkpoints:
 
         Does nothing if its step is the newest one already. A save that fails for want of space, or because the disk has
         errors, is reported on stderr, what it wrote is removed, and the run goes on: the next save may succeed. Of
-        several processes the first looks for room before any begins; where the disk then fails one in the middle, which
-        the others would wait for, all leave for a restart: see `distributed.leaving_together`.
+        several processes the first looks for room, for all bytes of the state, before any begins; where the disk then
+        fails one in the middle, which the others would wait for, all leave for a restart, those others that are inside
+        `distributed.leaving_together`.
 
         Raises:
             OSError: the last three saves failed so; older checkpoints are intact.
@@ -110,8 +111,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         if jax.process_count() > 1 and distributed.by_first(lambda: self._attempt(step, find_room) is not None):
-            self._saving = step, Future()
-            self._saving[1].set_exception(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            self._saving = step, _future_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             return
         sums = begin_fingerprints(parts)
 
@@ -124,8 +124,7 @@ class Checkpoints:
 
         response = self._attempt(step, begin, together=True)
         if isinstance(response, OSError):
-            self._saving = step, Future()
-            self._saving[1].set_exception(response)
+            self._saving = step, _future_of(response)
         else:
             self._saving = step, self._background.submit(self._finish, step, _shapes(parts), sums, response)
 
@@ -137,7 +136,7 @@ class Checkpoints:
             leaves = {name: [*shape, prints[name]] for name, shape in shapes.items()}
             _folder.commit(self._folder, step, {"format": _folder.FORMAT, "about": self._about, "leaves": leaves})
 
-        failed = self._attempt(step, response.result, together=True)
+        failed = self._attempt(step, lambda: _wait(response), together=True)
         if not failed and distributed.first():
             failed = self._attempt(step, commit)
         if failed:
@@ -164,9 +163,9 @@ class Checkpoints:
             if failed is None:
                 raise
             report(f"checkpoint {step} was not saved: {failed.strerror}; the older ones are intact")
-            shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
             if together and jax.process_count() > 1:
                 distributed.leave(f"checkpoint {step} was not saved: {failed.strerror}")
+            shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
             return failed
 
     def _settle(self) -> None:
@@ -312,6 +311,20 @@ def _flat(about: Json, prefix: str = "") -> Json:
     for name, value in about.items():
         flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def _wait(response: Any) -> None:
+    """Waits for Orbax. Of several processes one that fails must say so: Orbax would first wait for the others."""
+    saved = getattr(getattr(response, "_thread_runner", None), "_future", None)  # private: nothing else tells
+    if jax.process_count() > 1 and saved is not None and (error := saved.exception()):
+        raise error
+    response.result()
+
+
+def _future_of(error: OSError) -> Future[None]:
+    future: Future[None] = Future()
+    future.set_exception(error)
+    return future
 
 
 def _disk_error(error: Exception) -> OSError | None:

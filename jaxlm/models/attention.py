@@ -20,7 +20,8 @@ Implementation = Callable[..., Array]
 """`implementation(q, k, v, mask=, first=, segments=, softcap=)`, as `attention` takes them; it raises a ValueError at
 what it can't do. Ours are `dense`, `blockwise`, `cudnn` and `splash`."""
 
-LONG: Final = {"cpu": 1024, "gpu": 4096, "tpu": 1024}
+LONG: Final = 1024
+LONG_ON_GPU: Final = 4096
 """From here on `blockwise` may be chosen. On an H100 `dense` is twice as fast at 1,024 positions."""
 WORTH: Final = 0.7
 """If it computes at most this share of the scores: of a causal mask it is 0.625."""
@@ -76,7 +77,7 @@ def _fastest(q: Array, k: Array, **asked: Any) -> Implementation:
         return cudnn
     if backend == "tpu" and not _why_not_splash(q, k, **asked):
         return splash
-    long = whole_rows(q, k, asked["first"]) and q.shape[1] >= LONG.get(backend, 1024)
+    long = whole_rows(q, k, asked["first"]) and q.shape[1] >= (LONG_ON_GPU if backend == "gpu" else LONG)
     return blockwise if long and share(asked["mask"], q.shape[1]) <= WORTH else dense
 
 

@@ -15,6 +15,7 @@ from jaxlm.optim._guards import clip_by_global_norm as clip_by_global_norm
 from jaxlm.optim._guards import dynamic_loss_scale as dynamic_loss_scale
 from jaxlm.optim._guards import loss_scaling as loss_scaling
 from jaxlm.optim._guards import skip_nonfinite as skip_nonfinite
+from jaxlm.optim._guards import skipped as skipped
 from jaxlm.optim._guards import weight_ema as weight_ema
 from jaxlm.optim._lamb import lamb as lamb
 from jaxlm.optim._lamb import scale_by_lamb as scale_by_lamb

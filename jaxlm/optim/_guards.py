@@ -167,6 +167,12 @@ def loss_scaling(opt_state: Any) -> LossScaleState | None:
     return found[0] if found else None
 
 
+def skipped(opt_state: Any) -> jax.Array | None:
+    """How many steps `skip_nonfinite` or `dynamic_loss_scale` has left out, int32; None if there is neither."""
+    counts = [x.skipped for kind in (SkipState, LossScaleState) for x in _states_of(kind, opt_state)]
+    return sum(counts[1:], counts[0]) if counts else None
+
+
 def _states_of(kind: type[T], opt_state: Any) -> list[T]:
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [x for x in leaves if isinstance(x, kind)]

@@ -9,7 +9,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import jax
@@ -43,17 +42,12 @@ def full(path: Path) -> None:
 
 def fails(path: Path) -> None:
     """The others wait for one that can't write, unless it ends them."""
-    mesh, save = sharding.mesh(), checkpoint._checkpoints.ocp.save_checkpointables_async
-
-    def response_of(*arguments: Any) -> Any:
-        save(*arguments)
-        return mock.Mock(result=mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-
+    mesh, failed = sharding.mesh(), mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with checkpoint.Checkpoints(path, {}) as checkpoints:
         checkpoints.save(state_at(1, mesh))
         checkpoints.wait()
         if not distributed.first():
-            checkpoint._checkpoints.ocp.save_checkpointables_async = response_of
+            checkpoint._checkpoints.ocp.save_checkpointables_async = failed
         checkpoints.save(state_at(2, mesh))
         checkpoints.save(state_at(3, mesh))
 

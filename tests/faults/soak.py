@@ -33,6 +33,7 @@ from jaxlm.checkpoint import _folder
 STEPS, SAVE_EVERY = 2000, 25
 SIZE = 16 * 2**20
 PATIENCE = 90  # seconds for all processes to end after a fault
+WHOLE = 900  # seconds for a run that nothing happens to
 FAULTS = ["kill one", "kill both", "tell one", "damage", "fill"]
 
 
@@ -71,9 +72,9 @@ class Run:
             time.sleep(0.002)
         return False
 
-    def codes(self) -> list[int]:
-        """The exit codes of all processes, which end by themselves."""
-        if not self.until(lambda: False):
+    def codes(self, seconds: float) -> list[int]:
+        """The exit codes of all processes, which end by themselves within so long."""
+        if not self.until(lambda: False, seconds):
             self.kill(signal.SIGABRT, 0, 1)  # says where it is
             time.sleep(1)
             stacks = "".join(path.read_text() for path in sorted(self.folder.glob("stacks-*.txt")))
@@ -96,7 +97,7 @@ def suffer(run: Run, fault: str, rng: random.Random) -> str:
         ballast = run.where.parent / "ballast"
         fill(ballast, rng.randrange(0, 2**17, 2**12))
         told = run.told.stat().st_size
-        run.until(lambda: "was not saved" in run.told.read_text()[told:], rng.uniform(0.5, 5))
+        run.until(lambda: b"was not saved" in run.told.read_bytes()[told:], rng.uniform(0.5, 5))
         ballast.unlink()
         return "the disk full for a while"
     run.kill(signal.SIGKILL, 0, 1)
@@ -105,20 +106,21 @@ def suffer(run: Run, fault: str, rng: random.Random) -> str:
 
 def attempt(run: Run, rng: random.Random | None) -> dict[str, Any]:
     """Starts a run, which goes on from what is there, and lets it suffer if `rng` is there."""
-    starts, fault, what = len(run.starts()), None, None
+    starts, fault, what, size = len(run.starts()), None, None, run.told.stat().st_size
     run.start()
     ended = run.until(lambda: len(run.starts()) > starts)
     begun, after = run.starts()[-1], 0 if rng is None else rng.randrange(1, STEPS // 4)
     ended = ended or run.until(lambda: run.steps() <= begun)  # what it takes again is no longer in the record
     training = time.monotonic()
-    if not ended and rng is not None and not run.until(lambda: run.steps() >= begun + after):
+    if not ended and rng is not None and not run.until(lambda: run.steps() >= begun + after, WHOLE):
         several = len(_folder.whole(run.folder / "checkpoints")) > 1
         fault = rng.choice([f for f in FAULTS if several or f != "damage"])
         what = suffer(run, fault, rng)
         if fault == "fill" and not run.until(lambda: False, rng.uniform(0, 5)):
             run.kill(signal.SIGTERM, 0)  # it has gone on meanwhile
-    codes = run.codes()
-    seconds, told = time.monotonic() - training, run.told.read_text()
+    codes = run.codes(PATIENCE if fault else WHOLE)
+    seconds, told = time.monotonic() - training, run.told.read_bytes()[size:].decode(errors="replace")
+    assert fault or codes == [0, 0], (codes, told[-4000:])
     allowed = {0, 75, -signal.SIGKILL}
     allowed |= {1} if fault == "fill" and "No space left" in told else set()
     allowed |= {-signal.SIGABRT} if fault == "kill one" and what == "SIGKILL to 0" else set()  # which all hear through
@@ -145,11 +147,9 @@ def main(minutes: float, seed: int, folder: Path) -> None:
             done = attempt(run, rng if time.monotonic() - begun < 60 * minutes else None)
             assert done["from"] >= kept, (done, kept)  # what a checkpoint was whole for is never lost, but to damage
             computed, spent = computed + run.steps() - done["from"], spent + done["seconds"]
-            kept = kills.newest(run.folder)
+            kept = damage(run, rng, done) if done["fault"] == "damage" else kills.newest(run.folder)
             lost = run.steps() - kept
             assert done["fault"] != "tell one" or lost == 0, (done, lost)
-            if done["fault"] == "damage":
-                kept = damage(run, rng, done)
             if done["fault"]:
                 faults += 1
                 print(json.dumps({"run": finished, **done, "saved": kept, "lost": lost}), flush=True)

@@ -22,4 +22,4 @@ def test_two_processes_under_all_faults() -> None:
     assert done.returncode == 0, done.stderr  # it holds what is left against an undisturbed run
     *faults, last = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(faults) == last["faults"] > 1
-    assert last["runs"] >= 1
+    assert last["steps_kept"] > 0.8
