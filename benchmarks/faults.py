@@ -101,7 +101,7 @@ def soaked(said: Iterator[dict[str, Any]], console: Console) -> Iterator[dict[st
                 {"fault": f"two processes: {kind}", "trials": counts.total(), "outcomes": counts, "wrong": list[str]()}
                 for kind, counts in sorted(outcomes.items())
             )
-            kept = {name: line[name] for name in ("runs", "minutes", "steps_kept", "time_kept")}
+            kept = {name: line[name] for name in ("minutes", "steps_kept", "time_kept")}
             same = {"as an undisturbed run": line["runs"]}
             yield {
                 "fault": "two processes: all runs, in the end",
