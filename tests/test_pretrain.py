@@ -72,7 +72,7 @@ def wait_for_lines(log: Path, lines: int, process: subprocess.Popen[str]) -> Non
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
     ids=lambda number: number.name,
 )
 def test_interrupted_and_run_again_writes_the_same_metrics_and_compiles_nothing_once_begun(

@@ -140,6 +140,7 @@ def gradients(product: Any, mesh: dict[str, Any] | None = None, zero: int = 0, m
     return jax.jit(grad_fn)(jax.device_put(params, layout.params), batch(), KEY)[1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("mesh", "zero", "microbatches"), [({}, 1, 1), ({}, 3, 4), ({"model": 2}, 0, 4), ({"model": 2}, 3, 1)]
