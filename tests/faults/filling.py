@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import kills
@@ -21,6 +22,26 @@ from jaxlm.checkpoint import _folder
 
 SIZE = 4 * 2**20
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+@contextlib.contextmanager
+def in_namespace(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Namespace, Path]]:
+    """Starts the script again in a namespace of its own, where it may mount disks; its options, and a folder."""
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inside", action="store_true", help="of such a namespace")
+    options = parser.parse_args()
+    if not options.inside:
+        os.execvp(UNSHARE[0], [*UNSHARE, sys.executable, *sys.argv, "--inside"])
+    # What is mounted there, and still is, goes with the namespace.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        yield options, Path(temporary)
+
+
+def mount(disk: Path, size: int) -> Path:
+    """An empty disk of so many bytes, where there was nothing."""
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
+    return disk
 
 
 def fill(ballast: Path, free: int) -> None:
@@ -64,9 +85,7 @@ def main(trials: int, seed: int, folder: Path) -> None:
     assert kills.end(kills.begin(pretrain, folder / "straight", text), None, straight)[0] == 0
     expected = kills.result(straight)
     for number in range(trials):
-        disk = folder / f"disk-{number}"
-        disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", disk], check=True)
+        disk = mount(folder / f"disk-{number}", SIZE)
         free = draw.randrange(0, 2**17, 2**12) if number else 0
         failed, ended = trial(pretrain, disk, text, free)
         same = kills.result(disk / "runs" / "pretrain") == expected
@@ -78,10 +97,5 @@ def main(trials: int, seed: int, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inside", action="store_true", help="of such a namespace")
-    options = parser.parse_args()
-    if not options.inside:
-        os.execvp(UNSHARE[0], [*UNSHARE, sys.executable, *sys.argv, "--inside"])
-    with tempfile.TemporaryDirectory() as temporary:
-        main(options.trials, options.seed, Path(temporary))
+    with in_namespace(parser) as (options, temporary):
+        main(options.trials, options.seed, temporary)

@@ -13,9 +13,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 
 import corrupting
 import kills
-from filling import UNSHARE, fill
+from filling import fill, in_namespace, mount
 
 sys.path.insert(0, str(kills.ROOT / "tests"))
 from ports import free_port
@@ -132,9 +130,7 @@ def attempt(run: Run, rng: random.Random | None) -> dict[str, Any]:
 def main(minutes: float, seed: int, folder: Path) -> None:
     kills.prepare()
     pretrain, rng, text = kills.import_pretrain(), random.Random(seed), kills.write_text(folder / "text")
-    disk = folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", disk], check=True)
+    disk = mount(folder / "disk", SIZE)
     straight = Run(pretrain, disk, text, "straight")
     undisturbed = attempt(straight, None)
     expected = kills.result(straight.folder)
@@ -181,10 +177,5 @@ def damage(run: Run, rng: random.Random, done: dict[str, Any]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inside", action="store_true", help="of such a namespace")
-    options = parser.parse_args()
-    if not options.inside:
-        os.execvp(UNSHARE[0], [*UNSHARE, sys.executable, *sys.argv, "--inside"])
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # the disk goes with the namespace
-        main(options.minutes, options.seed, Path(temporary))
+    with in_namespace(parser) as (options, temporary):
+        main(options.minutes, options.seed, temporary)
