@@ -73,6 +73,7 @@ audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none o
 	.venv-ahead/bin/python benchmarks/traffic.py
 	.venv-ahead/bin/python benchmarks/precision_ahead.py
 	.venv-ahead/bin/python benchmarks/remat_ahead.py
+	.venv-ahead/bin/python benchmarks/cross_entropy_ahead.py
 	.venv-ahead/bin/python benchmarks/attention_ahead.py
 	.venv-ahead/bin/python benchmarks/zero.py $(ARGS)
 

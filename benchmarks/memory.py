@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from summary import quiet_rounds, spread
 
-from jaxlm import grads, losses, models, optim, train
+from jaxlm import grads, losses, models, optim, precision, train
 
 HERE: Final = Path(__file__).parent
 PACKAGES: Final = ("jax", "jaxlib", "optax", "flax", "numpy")
@@ -98,23 +98,33 @@ def accumulation(smoke: bool) -> Iterable[Contestant]:
         yield contestant(f"optax.MultiSteps, k={k}", grad_fn, optax.MultiSteps(adamw, k).gradient_transformation(), k)
 
 
+def cross_entropy_of(dtype: Any, chunk: int | None) -> Callable[..., Any]:
+    """The loss of the last hidden states and the output matrix, and its gradients, with logits in float32."""
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    def apply(params: Any, tokens: Any, head: Any = product) -> Any:
+        del tokens
+        return head(params["hidden"], params["matrix"])
+
+    return jax.value_and_grad(precision.compute_in(dtype, losses.next_token(apply, chunk=chunk)), has_aux=True)
+
+
 def cross_entropy(vocab: int, smoke: bool) -> Iterable[Contestant]:
     """The loss and its gradients by the last hidden states and the output matrix."""
-    vocab, width, tokens = (512, 8, 64) if smoke else (vocab, 256, 1024)
+    if smoke:
+        vocab, width, tokens, dtype, parts = 512, 8, 64, jnp.float32, (4, 16, 32)
+    elif jax.default_backend() == "cpu":
+        width, tokens, dtype, parts = 256, 1024, jnp.float32, (4, 16, 32)
+    else:  # enough to do in a chunk
+        width, tokens, dtype, parts = 2048, 65536, jnp.bfloat16, (16, 32, 64)
     rng = np.random.default_rng(0)
     params = {
         "hidden": jnp.asarray(rng.normal(size=(1, tokens, width)), jnp.float32),
         "matrix": jnp.asarray(rng.normal(size=(width, vocab)) * width**-0.5, jnp.float32),
     }
     batch = {"tokens": jnp.asarray(rng.integers(0, vocab, (1, tokens)))}
-
-    def apply(params: Any, tokens: Any, head: Any = jnp.matmul) -> Any:
-        del tokens
-        return head(params["hidden"], params["matrix"])
-
-    for chunk in (None, tokens // 4, tokens // 16, tokens // 32):
-        grad_fn = jax.value_and_grad(losses.next_token(apply, chunk=chunk), has_aux=True)
-        program = jax.jit(grad_fn).lower(params, batch, KEY).compile()
+    for chunk in (None, *(tokens // part for part in parts)):
+        program = jax.jit(cross_entropy_of(dtype, chunk)).lower(params, batch, KEY).compile()
 
         def turn(program: Any = program) -> jax.Array:
             (loss, aux), found = jax.block_until_ready(program(params, batch, KEY))

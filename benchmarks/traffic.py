@@ -23,16 +23,25 @@ BYTES: Final = {
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
 }
+LOOP: Final = re.compile(r"body=(%[\w.\-]+).*known_trip_count\":{\"n\":\"(\d+)\"}")
 INSTRUCTION: Final = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:,|$)(.*)")
 
 
 def moved_bytes(program: str) -> int:
-    """The sizes of the operands and results of all kernels in a compiled program without loops."""
+    """The sizes of the operands and results of all kernels in a compiled program, those in loops each time."""
+    computations = {
+        lines[0].split(" (")[0]: lines for text in program.split("\n\n") if (lines := text.strip().splitlines())
+    }
+    (entry,) = (name for name in computations if name.startswith("ENTRY"))
+    return _moved(computations, entry)
+
+
+def _moved(computations: dict[str, list[str]], computation: str) -> int:
     sizes: dict[str, int] = {}
     alias: dict[str, str] = {}
     tuples: dict[str, list[str]] = {}
     total = 0
-    for line in program[program.index("ENTRY") :].splitlines():
+    for line in computations[computation]:
         if not (found := INSTRUCTION.match(line)):
             continue
         name, shape, op, arguments, rest = found.groups()
@@ -48,6 +57,13 @@ def moved_bytes(program: str) -> int:
         elif op == "get-tuple-element":
             if operands[0] in tuples:
                 alias[name] = tuples[operands[0]][int(rest.partition("index=")[2].split(",")[0])]
+        elif op == "while":
+            body, trips = LOOP.findall(rest)[0]
+            total += int(trips) * _moved(computations, body)
+        elif "dynamic-update-slice" in name or "dynamic_update_slice" in name:  # in place
+            total += 2 * (sum(map(sizes.__getitem__, set(operands))) - sizes[name])
+        elif "dynamic-slice" in name or "dynamic_slice" in name:
+            total += 2 * sizes[name]
         elif op not in ("parameter", "constant"):
             total += sizes[name] + sum(sizes[operand] for operand in set(operands))
     return total

@@ -1,10 +1,15 @@
 """A short number that is another one as soon as one bit of an array is, however the array lies on devices."""
 
+import collections
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.tree import named_leaves
 
@@ -33,7 +38,52 @@ def begin_fingerprints(tree: Any) -> dict[str, jax.Array]:
 
 def read_fingerprints(sums: dict[str, jax.Array]) -> dict[str, str]:
     """What `begin_fingerprints` began, once it is computed."""
-    return {name: "".join(f"{part:08x}" for part in np.asarray(pair)) for name, pair in jax.device_get(sums).items()}
+    return {name: _digits(pair) for name, pair in jax.device_get(sums).items()}
+
+
+def _digits(pair: np.ndarray) -> str:
+    return "".join(f"{part:08x}" for part in pair)
+
+
+def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
+    """The fingerprints of each part of a leaf that several devices hold, with those of this process's that hold it so.
+
+    There must be one alone, in all processes: each device computes its copy itself, and no step compares them.
+
+    Args:
+        tree: arrays, of one mesh. All processes must call it.
+
+    >>> copies({"a": jnp.zeros(2)})
+    {}
+    """
+    leaves = {
+        name: leaf
+        for name, leaf in named_leaves(tree).items()
+        if isinstance(leaf.sharding, NamedSharding)
+        and len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape)) > leaf.size
+    }
+    if not leaves:
+        return {}
+    mesh = next(iter(leaves.values())).sharding.mesh
+    sums = _sums_on_each(mesh, tuple((name, leaf.sharding.spec) for name, leaf in leaves.items()))(leaves)
+    found: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for name, leaf in leaves.items():
+        parts = leaf.sharding.devices_indices_map(leaf.shape)
+        for shard in sums[name].addressable_shards:
+            part = ", ".join(":" if at == slice(None) else f"{at.start}:{at.stop}" for at in parts[shard.device])
+            device = f"{shard.device} of process {shard.device.process_index}"
+            found[f"{name}[{part}]"][_digits(np.asarray(shard.data)[0])].append(device)
+    return found
+
+
+@functools.lru_cache
+def _sums_on_each(mesh: Mesh, specs: tuple[tuple[str, PartitionSpec], ...]) -> Callable[..., Any]:
+    def own(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: _sum(leaf)[None] for name, leaf in leaves.items()}
+
+    # Unchecked, since what is said to be the same on several devices is what may differ.
+    every = PartitionSpec(mesh.axis_names)
+    return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(dict(specs),), out_specs=every, check_vma=False))
 
 
 @jax.jit

@@ -119,6 +119,20 @@ def test_restores_onto_any_mesh_and_stage_of_zero(zero: int, devices: int, tmp_p
     assert same(jax.device_get(restored), jax.device_get(state))
 
 
+def test_a_state_of_which_one_device_has_another_copy_is_not_saved(tmp_path: Path) -> None:
+    state = jax.device_put(state_at(2), sharding.replicated(sharding.mesh()))
+    embed = state.params["embed"]
+    arrays = [shard.data + (shard.device.id == 5) for shard in embed.addressable_shards]
+    wrong = jax.make_array_from_single_device_arrays(embed.shape, embed.sharding, arrays)
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        checkpoints.save(jax.device_put(state_at(1), sharding.replicated(sharding.mesh())))
+        with pytest.raises(
+            RuntimeError, match=r"(?i)step 2 params/embed\[:, :\] on .*cpu.*5 of process 0 isn't what .* 7 other"
+        ):
+            checkpoints.save(state._replace(params=state.params | {"embed": wrong}))
+    assert names(tmp_path) == ["1"]
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("about", "change", "message"),

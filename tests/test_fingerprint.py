@@ -128,3 +128,26 @@ def test_the_state_may_be_donated_at_once() -> None:
     begun = fingerprint.begin_fingerprints({"x": x})
     jax.jit(lambda x: x + 1, donate_argnums=0)(x).block_until_ready()
     assert fingerprint.read_fingerprints(begun) == before
+
+
+@pytest.mark.parametrize("spec", [(), ("b",), (None, "a")], ids=str)
+def test_a_bit_that_one_of_several_copies_has_wrong_is_found_and_where(spec: tuple[Any, ...]) -> None:
+    mesh, rng = jax.make_mesh((2, 4), ("a", "b")), np.random.default_rng(0)
+    tree = {name: jnp.asarray(rng.integers(0, 2, (16, 24)), name) for name in ("float32", "bfloat16", "int8")}
+    tree = jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
+    alone = {"alone": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, PartitionSpec(("a", "b"))))}
+    parts = 3 * {(): 1, ("b",): 4, (None, "a"): 2}[spec]
+    for _ in range(20):
+        name, number = rng.choice(list(tree)), rng.integers(8)
+        shards = [np.array(shard.data) for shard in tree[name].addressable_shards]
+        bits = shards[number].reshape(-1).view(np.uint8)
+        bits[rng.integers(bits.size)] ^= np.uint8(1 << rng.integers(8))
+        devices = [shard.device for shard in tree[name].addressable_shards]
+        arrays = [jax.device_put(x, device) for x, device in zip(shards, devices, strict=True)]
+        wrong = jax.make_array_from_single_device_arrays(tree[name].shape, tree[name].sharding, arrays)
+        found = fingerprint.copies(tree | {name: wrong} | alone)
+        assert len(found) == parts
+        (part,) = (part for part, prints in found.items() if len(prints) > 1)
+        assert part.startswith(f"{name}[")
+        assert [f"{devices[number]} of process 0"] in found[part].values()
+        assert sum(map(len, found[part].values())) == 8 * 3 // parts

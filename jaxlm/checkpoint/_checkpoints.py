@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxlm import distributed, files
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import Json
-from jaxlm.checkpoint._reading import causes, check, load, none_whole, or_damage, report, report_damage
-from jaxlm.fingerprint import begin_fingerprints, read_fingerprints
+from jaxlm.checkpoint._reading import causes, check, check_copies, load, none_whole, or_damage, report, report_damage
+from jaxlm.fingerprint import begin_fingerprints, copies, read_fingerprints
 from jaxlm.tree import named_leaves, nbytes
 from jaxlm.types import TrainState
 
@@ -90,8 +90,11 @@ class Checkpoints:
         fails one in the middle, which the others would wait for, all leave for a restart, those others that are inside
         `distributed.leaving_together`.
 
+        What several devices hold must be the same on all: where it isn't, one of them has failed without a sign.
+
         Raises:
             OSError: the last three saves failed so; older checkpoints are intact.
+            RuntimeError: copies differ; the leaf and the devices are named, and older checkpoints are intact.
             ValueError: there is a newer checkpoint.
         """
         step, newest = int(state.step), self.latest
@@ -105,6 +108,7 @@ class Checkpoints:
                 )
             return
         parts = _parts(state)
+        check_copies(step, parts)
 
         def find_room() -> None:
             if shutil.disk_usage(self._folder).free < nbytes(parts) + 2**20:
@@ -248,6 +252,7 @@ class Checkpoints:
             raise RuntimeError(none_whole(self._folder, names))
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
             begin_fingerprints(parts)  # compiles now what would hold up the first save
+            copies(parts)
         return None
 
     def rewind(self, step: int) -> int:

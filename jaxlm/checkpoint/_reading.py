@@ -1,5 +1,6 @@
-"""Reading checkpoints: what is in them, and whether that is what was saved."""
+"""What is in a checkpoint, and whether that is what was saved; and whether what is to be saved is of one mind."""
 
+import collections
 import gc
 import os
 import sys
@@ -14,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxlm import distributed
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import DamagedError, Json
-from jaxlm.fingerprint import fingerprints
+from jaxlm.fingerprint import copies, fingerprints
 from jaxlm.types import Params
 
 T = TypeVar("T")
@@ -109,6 +110,22 @@ def check(manifest: Json, loaded: Json) -> None:
         saved = manifest["leaves"][name][2]
         if found != saved:
             raise DamagedError(f"{name} has the fingerprint {found}, and had {saved} when it was saved")
+
+
+def check_copies(step: int, parts: Json) -> None:
+    """That what several devices hold is the same on all. All processes must call it."""
+    having: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for said in distributed.exchange(copies(parts)):
+        for part, prints in said.items():
+            for value, devices in prints.items():
+                having[part][value] += devices
+    for part, prints in having.items():
+        if len(prints) > 1:
+            fewest, *others = sorted(prints.values(), key=len)
+            raise RuntimeError(
+                f"save: at step {step} {part} on {', '.join(fewest[:4])} isn't what it is on {sum(map(len, others))} "
+                "other devices. Nothing was saved: leave out the device that errs, and go on from the checkpoint before"
+            )
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

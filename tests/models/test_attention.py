@@ -1,4 +1,4 @@
-"""Attention against its formula in float64, one query at a time: every implementation that runs here."""
+"""Attention against its formula in float64, one query at a time: every implementation, the TPU's interpreted."""
 
 import functools
 import itertools
@@ -226,8 +226,8 @@ def test_blocks_keep_no_scores_and_skip_what_is_masked():
     assert share(masks.causal, length) == (1 + 2 + 3 + 4) / 4**2
 
 
-def kernel_inputs(**options: Any) -> list[jax.Array]:
-    return inputs(2, length=256, width=64, **options)
+def kernel_inputs(key_heads: int = 2, **options: Any) -> list[jax.Array]:
+    return inputs(key_heads, length=256, width=64, **options)
 
 
 def across_devices(implementation: Any, **options: Any) -> Any:
@@ -257,33 +257,46 @@ def test_blocks_inside_shard_map_are_those_outside(packed: bool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"mask": masks.window(100)}, {"mask": masks.window(100), "softcap": 1.5}, {"segments": True}],
+    ("key_heads", "options"),
+    [
+        (1, {}),
+        (4, {"mask": masks.window(100)}),
+        (2, {"mask": masks.window(100), "softcap": 1.5}),
+        (2, {"segments": True}),
+        (1, {"mask": masks.window(40), "segments": True, "softcap": 0.7}),
+    ],
     ids=str,
 )
-def test_the_tpu_kernel_interpreted_is_dense_attention(options: dict[str, Any]):
-    options = dict(options)
-    numbers = jnp.sort(jax.random.randint(jax.random.key(0), (ROWS, 256), 1, 4), axis=1)
-    arrays = kernel_inputs() + [numbers] * options.pop("segments", False)
-    here = functools.partial(splash, interpret=True)
-    found, expected = (across_devices(x, **options)(*arrays) for x in (here, dense))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=3e-5), found, expected)
+def test_the_tpu_kernel_interpreted_is_its_formula(key_heads: int, options: dict[str, Any]):
+    options, arrays = dict(options), kernel_inputs(key_heads)
+    numbers = [np.sort(np.random.default_rng(0).integers(1, 4, (ROWS, 256)), axis=1)] * options.pop("segments", False)
+    y, gradients = across_devices(functools.partial(splash, interpret=True), **options)(
+        *arrays, *map(jnp.asarray, numbers)
+    )
+    options |= dict(zip(("segments",), numbers, strict=False))
+    np.testing.assert_allclose(y, one_query_at_a_time(*arrays, **options), rtol=1e-4, atol=3e-5)
+    exact = one_query_at_a_time(*arrays, **options, dy=np.cos(np.asarray(y, np.float64)))
+    for found, right in zip(gradients, exact, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=3e-5)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("mask", [masks.causal, masks.window(100)])
-def test_cudnn_is_dense_attention(mask: Any):
-    arrays = kernel_inputs(dtype=jnp.bfloat16)
+def test_cudnn_is_its_formula(mask: Any, key_heads: int, dtype: Any):
+    arrays = kernel_inputs(key_heads, dtype=dtype)
+    dy = np.random.default_rng(9).normal(size=arrays[0].shape).astype(dtype)
 
-    def run(implementation: Any) -> Any:
-        def total(*x: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.sin(attention(*x, mask=mask, implementation=implementation).astype(jnp.float32)))
+    @jax.jit
+    def run(*arrays: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda *x: attention(*x, mask=mask, implementation=cudnn), *arrays)
+        return y, *pull(jnp.asarray(dy))
 
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*arrays)
-
-    # Gradients of size 1, of weights and outputs rounded to bfloat16, some sixteen products on the way.
-    both = run(cudnn), run(dense)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=0.05, atol=0.05), *both)
+    exact = one_query_at_a_time(*arrays, mask=mask), *one_query_at_a_time(*arrays, mask=mask, dy=np.float64(dy))
+    for found, right in zip(run(*arrays), exact, strict=True):
+        error = np.linalg.norm(np.asarray(found, np.float64) - right) / np.linalg.norm(right)
+        assert 0 < error < 2 * float(jnp.finfo(dtype).eps)  # some six roundings, of 0.2 eps each
 
 
 @pytest.mark.parametrize(
