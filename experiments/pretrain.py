@@ -24,7 +24,7 @@ import tyro
 
 from jaxlm import checkpoint, data, distributed, grads, losses, metrics, models, optim, schedules, sharding, train
 from jaxlm.evaluate import compile_eval, evaluate
-from jaxlm.files import read_json, write_whole
+from jaxlm.files import read_json, redacted, write_whole
 from jaxlm.generate import complete
 from jaxlm.nans import first_nan
 from jaxlm.precision import compute_in, product_in
@@ -179,7 +179,7 @@ def main(config: Config) -> None:
                 sys.exit(75)
         checkpoints.save(state)
     if done < config.steps:
-        print(f"Stopped after step {done} and saved. To go on: {shlex.join([sys.executable, *sys.argv])}")
+        print(f"Stopped after step {done} and saved. To go on: {redacted(shlex.join([sys.executable, *sys.argv]))}")
         sys.exit(75)
     found, params = bits_per_byte(state.params, len(unseen)), sharding.to_host(state.params)
     if first:

@@ -4,10 +4,12 @@ JAX asks nobody who connects for a password: keep the ports of a run inside a ne
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -20,21 +22,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxlm.files import redacted
+from jaxlm.launchers import started_with_others
+from jaxlm.peers import Peers
+
 T = TypeVar("T")
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 LISTEN_EVERY = 1.0  # seconds
-PATIENCE = 5.0  # seconds; who hasn't answered by then is lost
-LEAVING = "jaxlm/leaving"
+PATIENCE = 5.0  # seconds; who hasn't answered or ended by then is lost
+JOINING = 600  # seconds between the first process that joins the run and the last
+LEAVING, GONE, PEERS = "jaxlm/leaving", "jaxlm/gone", "jaxlm/peers"
 OWN = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")  # JAX's errors that no other process causes
 # The service in process 0 doesn't answer; or the version of JAX isn't one that `_coordination` knows.
 UNREACHABLE = (jax.errors.JaxRuntimeError, ImportError, AttributeError)
 _LEAVING_ONCE = threading.Lock()
 
-# What JAX's own detection reads of each launcher.
-OPEN_MPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")  # the second one is an indexed job's alone
+_PEERS = Peers(lambda process: _gone(process))
 
 
 def start(join: tuple[str, int, int] | None = None, *, heartbeat_seconds: int = 30) -> None:
@@ -42,13 +46,13 @@ def start(join: tuple[str, int, int] | None = None, *, heartbeat_seconds: int = 
 
     Without `join` JAX finds the others if several were started by SLURM or Open MPI 4 (one process for each GPU), on
     Cloud TPU, or by Kubernetes (an indexed Job or a JobSet; needs the package `kubernetes`). Otherwise the process is
-    alone, and nothing happens. On CPUs the processes talk through Gloo, which listens on the address that the name of
-    the machine stands for; JAX has no setting for it.
+    alone, and nothing happens. On CPUs all talk through Gloo, which listens where the machine's name leads, but on
+    127.0.0.1 alone if `join` is there.
 
     Args:
         join: HOST:PORT where process 0 is to listen, how many processes there are, and the number of this one, from 0.
-            On 127.0.0.1 or localhost nobody else reaches it. One process is alone, whatever the launcher. Of several on
-            one machine with GPUs each is told its own by `JAX_LOCAL_DEVICE_IDS`.
+            On 127.0.0.1 or localhost nobody else reaches them. One process is alone, whatever the launcher. Of several
+            on one machine with GPUs each is told its own by `JAX_LOCAL_DEVICE_IDS`.
         heartbeat_seconds: JAX ends all processes (SIGABRT) when one is silent for so long.
 
     Raises:
@@ -70,7 +74,7 @@ def start(join: tuple[str, int, int] | None = None, *, heartbeat_seconds: int = 
         "shutdown_timeout_seconds": 600,  # for process 0 to write results when the others are done
     }
     if join is None:
-        if _started_with_others():
+        if started_with_others():
             jax.distributed.initialize(**options)
         return
     coordinator, processes, process = join
@@ -89,6 +93,20 @@ def start(join: tuple[str, int, int] | None = None, *, heartbeat_seconds: int = 
             coordinator_bind_address=coordinator if local else None,
             **options,
         )
+        if local:
+            _let_gloo_listen_on("::1" if host == "[::1]" else "127.0.0.1")
+
+
+def _let_gloo_listen_on(address: str) -> None:
+    """JAX would let it listen where the machine's name leads, and has no setting for that: private, as below."""
+    from jax._src import xla_bridge  # pyright: ignore[reportPrivateUsage]
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+    config: Any = jax.config
+    if config.jax_cpu_collectives_implementation == "gloo":
+        gloo = _jax.make_gloo_tcp_collectives(distributed_client=_coordination().client, hostname=address)
+        client = functools.partial(xla_bridge.make_cpu_client, collectives=gloo)
+        xla_bridge.register_backend_factory("cpu", client, priority=0, fail_quietly=False)
 
 
 def first() -> bool:
@@ -109,7 +127,7 @@ def agree(**values: object) -> None:
     """
     if jax.process_count() == 1:
         return
-    said = exchange({name: _short(json.dumps(value, sort_keys=True)) for name, value in values.items()})
+    said = exchange({name: _short(redacted(json.dumps(value, sort_keys=True))) for name, value in values.items()})
     for name in dict.fromkeys(name for one in said for name in one):
         having: dict[str, list[int]] = {}
         for process, one in enumerate(said):
@@ -187,8 +205,10 @@ def leaving_together() -> Generator[None]:
       all again, to go on from a checkpoint.
     - 134 (SIGABRT): JAX ended the process, which nothing can catch: process 0 is gone ("the leader task") or doesn't
       answer (as is said after 5 s), or the tasks that it names "stopped sending heartbeats", for `heartbeat_seconds`; a
-      task is a process. The latter is how the loss of a process shows on GPUs, and one that is stopped (SIGSTOP). If
-      that process printed no error, start all again, once it has ended too.
+      task is a process. So it shows if a process is stopped (SIGSTOP) or its machine lost. If that process printed no
+      error, start all again, once it has ended too.
+
+    Process 0 listens on one more port of the address that all know it by, to hear of the end of each other at once.
 
     `SystemExit` passes: leave by it in all processes or in none.
     """
@@ -198,6 +218,7 @@ def leaving_together() -> Generator[None]:
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(done,), daemon=True)
     listener.start()
+    _connect_peers()
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -208,7 +229,39 @@ def leaving_together() -> Generator[None]:
         _leave("" if of_all else f"{type(error).__name__}: {error}")
     finally:
         done.set()
+        _PEERS.bye()
         listener.join()
+
+
+def _connect_peers() -> None:
+    """So that the end of one is noticed at once, be it in a collective, which may wait for ever, or on GPUs.
+
+    Where a firewall prevents it, JAX's heartbeats tell later.
+    """
+    state, joined = _coordination(), False
+    host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
+    with contextlib.suppress(OSError, *UNREACHABLE):
+        if state.process_id == 0:
+            port, token = 0, secrets.token_hex()
+            try:
+                port = _PEERS.listen(host, token)
+            finally:
+                state.client.key_value_set(PEERS, f"{port} {token}")
+        else:
+            port, _, token = state.client.blocking_key_value_get(PEERS, 1000 * JOINING).partition(" ")
+            _PEERS.connect(host, int(port), token, state.process_id)
+        joined = True
+    if not joined:
+        _warn(f"no connection through {host}: that a process is gone will be noticed by its heartbeats alone")
+
+
+def _gone(process: int) -> None:
+    """Leaves because another process has ended; process 0 tells the others which."""
+    state = _coordination()
+    if state.process_id == 0:
+        with contextlib.suppress(*UNREACHABLE):
+            state.client.key_value_set(f"{GONE}/{process}", "")
+    _leave("")
 
 
 @contextlib.contextmanager
@@ -294,12 +347,17 @@ def _leave(failure: str, code: int = 1) -> NoReturn:
     _LEAVING_ONCE.acquire()
     try:
         state = _coordination()
-        me, said = state.process_id, dict[int, str]()
+        me, said, gone = state.process_id, dict[int, str](), set[int]()
         state.client.key_value_set(f"{LEAVING}/{me}", failure and f"{code} {failure[:300]}")
         deadline = time.monotonic() + PATIENCE
-        while len(said) < state.num_processes and time.monotonic() < deadline and not (failure and me > 0):
+        if me == 0:
+            _PEERS.close()
+        while (
+            len(gone | said.keys()) < state.num_processes and time.monotonic() < deadline and not (failure and me > 0)
+        ):
             time.sleep(0.05)
             said = {int(key.rpartition("/")[2]): why for key, why in state.client.key_value_dir_get(LEAVING)}
+            gone = {int(key.rpartition("/")[2]) for key, _ in state.client.key_value_dir_get(GONE)}
         failed = sorted(process for process, why in said.items() if why)
         lost = sorted(set(range(state.num_processes)) - set(said))
         if failure:
@@ -312,12 +370,13 @@ def _leave(failure: str, code: int = 1) -> NoReturn:
         else:
             line, code = "a collective failed while all processes live", RESTART
     except UNREACHABLE as error:
+        time.sleep(LISTEN_EVERY)  # JAX may be about to end this process too, and to say why
         me, line, code = "?", f"lost process 0 ({type(error).__name__}: {error})", code if failure else RESTART
     with contextlib.suppress(OSError):
         print(f"process {me}: {line}; leaving with exit code {code}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-    if me == 0:
-        time.sleep(2 * LISTEN_EVERY)  # JAX would end the others, which hear of each other through this process
+    if me == 0:  # JAX would end the others, which hear of each other through this process
+        _PEERS.let_go(_coordination().num_processes - 1, within=PATIENCE)
     os._exit(code)
 
 
@@ -335,20 +394,3 @@ def _short(text: str) -> str:
 def _named(processes: Sequence[int]) -> str:
     some = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
     return f"process {some}" if len(processes) == 1 else f"processes {some}"
-
-
-def _started_with_others() -> bool:
-    """Whether JAX will find a launcher that started more than this one process."""
-    has = os.environ.keys()
-    if has >= set(OPEN_MPI):
-        return int(os.environ["OMPI_COMM_WORLD_SIZE"]) > 1
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        raise ValueError("start: JAX doesn't find the others under this Open MPI; give join")
-    if has >= set(SLURM):  # an interactive shell has the tasks of its whole job, but is alone in its step
-        return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ["SLURM_NTASKS"])) > 1
-    if "TPU_ML_PLATFORM" in has:  # JAX sets it where it sees TPUs
-        hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
-        if hosts is None:
-            return "TPU_SKIP_MDS_QUERY" not in has
-        return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", 1)) > 1
-    return has >= set(KUBERNETES)

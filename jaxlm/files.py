@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,25 @@ DEEPEST: Final = 100
 
 _HELD: dict[tuple[int, Path], tuple[int, int]] = {}
 """The open file of each lock of this process, by the process' id and the folder, and how often it was locked."""
+
+SECRETS: Final = (
+    re.compile(r"(://)[^/\s\"'@]+(?=@)"),
+    re.compile(
+        r"([?&][^=&\s\"']*(?:key|token|secret|signature|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE
+    ),
+)
+"""Of URLs: users and passwords, and parameters that stand for them."""
+
+
+def redacted(text: str) -> str:
+    """A text without the users, passwords and tokens of the URLs in it.
+
+    >>> redacted("s3://me:hush@host/x?X-Amz-Signature=hush&part=2")
+    's3://...@host/x?X-Amz-Signature=...&part=2'
+    """
+    for secret in SECRETS:
+        text = secret.sub(r"\1...", text)
+    return text
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import sys
@@ -24,13 +23,6 @@ from jaxlm import files
 
 T = TypeVar("T")
 
-SECRETS = (
-    re.compile(r"(://)[^/\s\"'@]+(?=@)"),
-    re.compile(
-        r"([?&][^=&\s\"']*(?:key|token|secret|signature|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE
-    ),
-)
-"""Of URLs: users and passwords, and parameters that stand for them."""
 ROOM = 2**20
 """Bytes of lines that are kept while the disk is full: some thousand steps."""
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -65,7 +57,7 @@ def open_run(
         OSError: the disk is full or can't be written to.
     """
     folder = Path(folder)
-    config = json.loads(_redacted(json.dumps(config)))
+    config = json.loads(files.redacted(json.dumps(config)))
     folder.mkdir(parents=True, exist_ok=True)
     files.lock(folder)
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
@@ -107,7 +99,7 @@ def note_start(folder: str | os.PathLike[str], step: int, **about: Any) -> None:
     """
     path = Path(folder) / "starts.jsonl"
     start = {"step": step, "command": shlex.join(sys.argv), "sources": _hash_of_sources(), **about, **versions()}
-    lines = [*read_starts(folder), json.loads(_redacted(json.dumps(start)))]
+    lines = [*read_starts(folder), json.loads(files.redacted(json.dumps(start)))]
     files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -278,12 +270,6 @@ def _hash_of_sources() -> str:
     own = Path(__file__).parent
     texts = [path.read_bytes() for path in (*sorted(own.rglob("*.py")), Path(sys.argv[0])) if path.is_file()]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
-
-
-def _redacted(text: str) -> str:
-    for secret in SECRETS:
-        text = secret.sub(r"\1...", text)
-    return text
 
 
 def _installed(package: str) -> bool:

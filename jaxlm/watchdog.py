@@ -33,6 +33,8 @@ while True:
     if select.select([0], [], [], 0)[0]:
         said = os.read(0, 1 << 20)
         if not said:
+            if os.path.exists(stacks) and not os.path.getsize(stacks):
+                os.unlink(stacks)
             break
         last, since = said.decode(errors="replace").splitlines()[-1], now
     elif now - began > pause + 5:
@@ -90,7 +92,7 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
     `distributed.leaving_together`.
 
     Args:
-        stacks: the file, which is there only if the process was ended so; each process needs its own.
+        stacks: the file, which is left only if the process was ended so; each process needs its own.
         seconds: longer than anything that happens between two things said.
 
     Raises:
@@ -116,4 +118,4 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
             watcher.kill()
             watcher.wait()
             faulthandler.disable()
-    path.unlink()
+    path.unlink(missing_ok=True)

@@ -110,10 +110,12 @@ def check_same_run(ours: Path, theirs: Path) -> None:
         assert one == pytest.approx(other, rel=1e-6)
     one, other = (json.loads((run / "results.json").read_text()) for run in (ours, theirs))
     assert one["held-out bits per byte"] == other["held-out bits per byte"]
-    for folder in (".", "checkpoints"):
-        assert sorted(path.name for path in (ours / folder).iterdir()) == sorted(
-            path.name for path in (theirs / folder).iterdir()
+    for folder in (".", "checkpoints"):  # stacks are of those that JAX or the watchdog has ended
+        there, expected = (
+            sorted(path.name for path in (run / folder).iterdir() if not path.match("stacks-*.txt"))
+            for run in (ours, theirs)
         )
+        assert there == expected
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -191,7 +193,7 @@ def test_when_one_of_four_is_lost_the_others_leave_and_any_number_of_devices_goe
     with started([killed] * 4, text, devices=2) as running:
         wait_for_step_12(run, running)
         running[2].process.send_signal(number)
-        deadline = time.monotonic() + HEARTBEAT + 15
+        deadline = time.monotonic() + (HEARTBEAT + 15 if number == signal.SIGSTOP else 5)
         for one in (running[0], running[1], running[3]):
             _, err = one.end(None, within=deadline - time.monotonic())
             # 75, or JAX's SIGABRT, if its heartbeats tell first

@@ -1,17 +1,22 @@
 """The main job: interrupted and resumed it equals the uninterrupted one, and bad input is refused before it costs."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from jaxlm import data, generate, metrics
@@ -172,6 +177,22 @@ def test_a_spike_is_gone_back_from_and_its_batches_left_out(text: Path, tmp_path
     assert skipped[0] == first_back
     assert skipped[1] > first_back + 100
     assert [line["step"] for line in metrics.read_log(run / "metrics.jsonl")] == list(range(1, 301))
+    never = tmp_path / "never" / "runs" / "pretrain"  # had those batches
+    never.mkdir(parents=True)
+    shutil.copy(run / "skips.json", never)
+    finish(start(tmp_path / "never", text))
+    assert (never / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    one, other = (generate.load_model(folder / "checkpoints") for folder in (never, run))
+    jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
+
+
+@pytest.mark.slow
+def test_one_core_computes_the_same_bits(straight: Path, text: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, text, NPROC="1")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+    finish(process)
+    assert (tmp_path / "runs/pretrain/metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
 def test_a_run_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +247,61 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setenv("JAXLM_CACHE", str(SCRIPT.parents[1] / ".cache"))
     return module
+
+
+FROZEN = {
+    "name": "another",
+    "text": "elsewhere",
+    "heldout": 0.1,
+    "layers": 3,
+    "width": 64,
+    "heads": 1,
+    "row_lengths": (64, 128),
+    "tokens_per_batch": 1024,
+    "steps": 999,
+    "learning_rate": 1e-3,
+    "seed": 1,
+    "products": "int8",
+    "spikes": 6.0,
+    "smoke": True,
+}
+FREE = {"save_every": 10, "microbatches": 4, "zero": 3, "mesh": (1, -1, 2), "patience": 60.0}
+OF_ONE_START = {"debug_nans", "join"}
+
+
+def test_each_option_is_held_to_or_may_change(pretrain: ModuleType, tmp_path: Path) -> None:
+    config, open_run = dataclasses.asdict(pretrain.Config()), partial(metrics.open_run, free=pretrain.FREE)
+    assert config.keys() == FROZEN.keys() | FREE.keys() | OF_ONE_START
+    open_run(tmp_path / "run", config, SCRIPT)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    for name, value in FROZEN.items():
+        with pytest.raises(ValueError, match=f"belongs to another configuration: {name} is .* there and .* here"):
+            open_run(tmp_path / "run", config | {name: value}, SCRIPT)
+    for name, value in FREE.items():
+        open_run(tmp_path / "run", config | {name: value}, SCRIPT)
+    open_run(tmp_path / "run", config | FREE, SCRIPT)
+
+
+@pytest.mark.slow
+def test_no_secret_is_written_or_said(text: Path, tmp_path: Path) -> None:
+    secrets = {"TOKEN": "canary-of-the-environment"}
+    url = "s3://canary:canary@host/x?X-Amz-Signature=canary&part=2"
+    said = finish(start(tmp_path, text, "--text", url, "--name", "refused", **secrets), 1)
+    said += finish(start(tmp_path, text, "--steps=40", "--learning-rate=1e30", **secrets), 1)
+    hangs = start(tmp_path, text, "--name", "hangs", "--patience=6", **secrets)
+    wait_for_lines(tmp_path / "runs" / "hangs" / "metrics.jsonl", 2, hangs)
+    hangs.send_signal(signal.SIGSTOP)
+    said += finish(hangs, -signal.SIGKILL)
+    stopped = start(tmp_path, text, "--name", "stopped", "--steps=3000", **secrets)
+    wait_for_lines(tmp_path / "runs" / "stopped" / "metrics.jsonl", 2, stopped)
+    stopped.terminate()
+    said += finish(stopped, 75)
+    assert "s3://...@host/x?X-Amz-Signature=...&part=2 is not a folder" in said
+    assert "made no progress" in said
+    assert "canary" not in said
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 50
+    assert not [path for path in written if b"canary" in path.read_bytes()]
 
 
 @pytest.mark.parametrize(

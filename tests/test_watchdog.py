@@ -67,6 +67,15 @@ def test_a_process_that_goes_on_is_left_alone_and_nothing_remains(tmp_path: Path
         pass
 
 
+def test_nothing_remains_of_a_process_that_was_killed(tmp_path: Path) -> None:
+    package, code = str(Path(__file__).parents[1] / "jaxlm"), "os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", PROGRAM, package, str(tmp_path), "60", code], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while any(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_the_watching_process_ends_with_what_it_watches_and_may_itself_be_killed(tmp_path: Path) -> None:
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     if not children.exists():

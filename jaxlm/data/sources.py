@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 from jaxlm.data.text import Document
+from jaxlm.files import redacted
 from jaxlm.optional import optional
 
 Stream = Any  # a file opened for reading bytes: a BinaryIO, but what gzip and fsspec give is none to the letter
@@ -102,7 +103,7 @@ def shards(
         found.append(Shard(file.name, version, size, functools.partial(_read, file.name, read)))
     if not found:
         suffixes = [suffix for reader in readers for suffix in reader.suffixes]
-        raise ValueError(f"{place} has no text: no file's name ends in one of {', '.join(suffixes)}")
+        raise ValueError(f"{redacted(place)} has no text: no file's name ends in one of {', '.join(suffixes)}")
     return found
 
 
@@ -171,12 +172,12 @@ def _remote_files(url: str, leave_out: Collection[str]) -> Iterator[_File]:
     system, root = optional("fsspec").url_to_fs(url)
     found = cast(dict[str, dict[str, Any]], system.find(root, detail=True))
     if not found:
-        raise FileNotFoundError(f"{url} is neither a file nor a folder with files")
+        raise FileNotFoundError(f"{redacted(url)} is neither a file nor a folder with files")
     for path, about in found.items():
-        name = path.removeprefix(root).removeprefix("/") or PurePosixPath(path).name
+        name = redacted(path.removeprefix(root).removeprefix("/") or PurePosixPath(path).name)
         parts = PurePosixPath(name).parts
         if ".." in parts or PurePosixPath(name).is_absolute() or not path.startswith(root):
-            raise ValueError(f"{url} has a file whose name leaves it, {path!r}; rename or remove it")
+            raise ValueError(f"{redacted(url)} has a file whose name leaves it, {path!r}; rename or remove it")
         if not set(parts[:-1]) & set(leave_out):
             # Where a file is and how large, when it was changed or its hash, as far as the file system tells.
             version = json.dumps(about, sort_keys=True, default=str)

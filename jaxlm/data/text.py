@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxlm.files import redacted
+
 
 class Document(NamedTuple):
     """A text and where it came from."""
@@ -31,9 +33,9 @@ def text_files(
         FileNotFoundError: there is no such folder.
         ValueError: no file has one of the suffixes.
     """
-    folder, suffixes = Path(folder), tuple(suffixes)
+    given, folder, suffixes = os.fspath(folder), Path(folder), tuple(suffixes)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
+        raise FileNotFoundError(f"{redacted(given)} is not a folder")
     found: list[Path] = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in leave_out]

@@ -157,6 +157,34 @@ def test_shares_are_the_rows_of_the_whole_in_their_order(batches: data.Batches) 
             dataclasses.replace(batches, share=(wrong, 2))
 
 
+@pytest.mark.parametrize("documents", range(10))
+@pytest.mark.parametrize("make", [data.pack, partial(data.bucket, passes=1)], ids=["pack", "bucket, once"])
+def test_of_few_documents_each_process_has_its_rows_of_every_batch_or_is_refused(
+    make: Any, documents: int, tmp_path: Path
+) -> None:
+    texts = [data.Document(str(i), b"abcdefghijklmnopq"[: 3 + 5 * i % 15]) for i in range(documents)]
+    if not texts:
+        with pytest.raises(ValueError, match="no documents in the train split"):
+            data.write_corpus(tmp_path / "few", texts, data.ByteTokenizer(), heldout=0.0)
+        return
+    data.write_corpus(tmp_path / "few", texts, data.ByteTokenizer(), heldout=0.0)
+    corpus = data.open_corpus(tmp_path / "few")
+    for rows, processes in itertools.product((1, 2, 3, 4, 8, 16), range(1, 9)):
+        plan = make(corpus.lengths, [8, 16], 16 * rows, 0)
+        whole = data.Batches(corpus, plan, 3 if make is data.pack else None)
+        divides = all(of % processes == 0 for of, _ in itertools.chain.from_iterable(plan.shapes))
+        if not divides:
+            with pytest.raises(ValueError, match=f"can't be divided by {processes}"):
+                dataclasses.replace(whole, share=((0,), processes))
+            continue
+        shares = [dataclasses.replace(whole, share=((k,), processes)) for k in range(processes)]
+        assert {len(share) for share in shares} == {len(whole)}
+        for batch, *parts in zip(whole, *shares, strict=True):
+            np.testing.assert_equal({name: np.concatenate([part[name] for part in parts]) for name in batch}, batch)
+    with pytest.raises(ValueError, match="hold a row of 16"):
+        make(corpus.lengths, [8, 16], 8, 0)
+
+
 def test_batches_of_several_corpora_hold_each_ones_tokens(corpus_path: Path) -> None:
     corpora = {"train": data.open_corpus(corpus_path), "heldout": data.open_corpus(corpus_path, "heldout")}
     stage = Stage([16, 32, 64], 512, weights={"train": 1, "heldout": 3})

@@ -1,7 +1,7 @@
 """What each of two processes does: HOST:PORT, how many, which, a folder, what happens.
 
 `damaged`: they save, a checkpoint is damaged, they restore. `full`: there is no room for one, then there is. `fails`:
-the disk fails one of them in the middle of a save.
+the disk fails one of them in the middle of a save. `differs`: one of them has another copy of what is replicated.
 """
 
 import errno
@@ -52,10 +52,20 @@ def fails(path: Path) -> None:
         checkpoints.save(state_at(3, mesh))
 
 
+def differs(path: Path) -> None:
+    mesh = sharding.mesh()
+    state = jax.device_put(state_at(1, mesh), sharding.replicated(mesh))
+    w = state.params["w"]
+    arrays = [shard.data.at[3, 5].add(shard.device.id == jax.devices()[-1].id) for shard in w.addressable_shards]
+    wrong = jax.make_array_from_single_device_arrays(w.shape, w.sharding, arrays)
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        checkpoints.save(state._replace(params={"w": wrong}))
+
+
 def main(where: str, processes: str, process: str, folder: str, what: str) -> None:
     distributed.start((where, int(processes), int(process)))
     with distributed.leaving_together():
-        {"damaged": damaged, "full": full, "fails": fails}[what](Path(folder))
+        {"damaged": damaged, "full": full, "fails": fails, "differs": differs}[what](Path(folder))
 
 
 def damaged(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,13 @@ def test_a_process_that_cannot_write_ends_the_others_which_wait_for_it(tmp_path:
     assert f"process 0: process 1 failed: {why}; leaving with exit code 75" in first
     assert f"{why}; the older ones are intact" in second
     assert "2" not in {file.name for file in (tmp_path / "checkpoints").iterdir()}
+
+
+def test_a_copy_that_one_process_has_wrong_ends_both(tmp_path: Path) -> None:
+    codes, ended = end_of_two(tmp_path / "checkpoints", "differs")
+    assert codes == [1, 1], ended
+    for _, err in ended:
+        assert re.search(
+            r"save: at step 1 params/w\[:, :\] on \S+ of process 1 isn't what it is on 3 other devices", err
+        )
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [".lock"]
