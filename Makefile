@@ -67,6 +67,7 @@ bench: setup ## train steps, optimizers, attention, memory and data against base
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/restart.py
 	$(BIN)/python benchmarks/data.py $(ARGS)
 
 audit: .venv-ahead/ready ## what compilers make of it for H100s and TPUs, none of which is needed
