@@ -47,8 +47,8 @@ test: setup ## the tests but the slow ones, in some ten minutes on two cores
 test-all: setup ## all tests that this machine can run
 	$(BIN)/pytest -n 2 $(ARGS)
 
-faults: setup ## damage, full disks and SIGKILL at every call of a save: some fifteen minutes
-	$(BIN)/pytest tests/faults -m "" $(ARGS)
+faults: setup ## damage, full disks, SIGKILL at every call of a save, lost processes: half an hour
+	$(BIN)/pytest tests/faults tests/test_distributed.py tests/test_pods.py -m "not gpu" $(ARGS)
 
 smoke: setup ## every experiment and benchmark, two steps each
 	$(BIN)/pytest tests/test_experiments.py -m "" $(ARGS)

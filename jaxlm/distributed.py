@@ -33,6 +33,7 @@ LISTEN_EVERY = 1.0  # seconds
 PATIENCE = 5.0  # seconds; who hasn't answered or ended by then is lost
 JOINING = 600  # seconds between the first process that joins the run and the last
 LEAVING, GONE, PEERS = "jaxlm/leaving", "jaxlm/gone", "jaxlm/peers"
+LOCAL = ("127.0.0.1", "localhost", "::1")
 OWN = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")  # JAX's errors that no other process causes
 # The service in process 0 doesn't answer; or the version of JAX isn't one that `_coordination` knows.
 UNREACHABLE = (jax.errors.JaxRuntimeError, ImportError, AttributeError)
@@ -84,7 +85,7 @@ def start(join: tuple[str, int, int] | None = None, *, heartbeat_seconds: int = 
     if not 0 <= process < processes:
         raise ValueError(f"start: process {process} of {processes}; processes are numbered from 0 to processes - 1")
     if processes > 1:
-        local = host in ("127.0.0.1", "localhost", "[::1]")
+        local = host.strip("[]") in LOCAL
         jax.distributed.initialize(
             coordinator,
             processes,
@@ -208,7 +209,7 @@ def leaving_together() -> Generator[None]:
       task is a process. So it shows if a process is stopped (SIGSTOP) or its machine lost. If that process printed no
       error, start all again, once it has ended too.
 
-    Process 0 listens on one more port of the address that all know it by, to hear of the end of each other at once.
+    Process 0 listens on one more port, which it tells the others, to hear of the end of each at once.
 
     `SystemExit` passes: leave by it in all processes or in none.
     """
@@ -244,7 +245,7 @@ def _connect_peers() -> None:
         if state.process_id == 0:
             port, token = 0, secrets.token_hex()
             try:
-                port = _PEERS.listen(host, token)
+                port = _PEERS.listen(host if host in LOCAL else "", token)
             finally:
                 state.client.key_value_set(PEERS, f"{port} {token}")
         else:

@@ -51,7 +51,7 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
     There must be one alone, in all processes: each device computes its copy itself, and no step compares them.
 
     Args:
-        tree: arrays, of one mesh. All processes must call it.
+        tree: arrays. All processes must call it.
 
     >>> copies({"a": jnp.zeros(2)})
     {}
@@ -62,10 +62,10 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
         if isinstance(leaf.sharding, NamedSharding)
         and len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape)) > leaf.size
     }
-    if not leaves:
-        return {}
-    mesh = next(iter(leaves.values())).sharding.mesh
-    sums = _sums_on_each(mesh, tuple((name, leaf.sharding.spec) for name, leaf in leaves.items()))(leaves)
+    sums: dict[str, jax.Array] = {}
+    for mesh in dict.fromkeys(leaf.sharding.mesh for leaf in leaves.values()):
+        its = {name: leaf for name, leaf in leaves.items() if leaf.sharding.mesh == mesh}
+        sums |= _sums_on_each(mesh, tuple((name, leaf.sharding.spec) for name, leaf in its.items()))(its)
     found: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for name, leaf in leaves.items():
         parts = leaf.sharding.devices_indices_map(leaf.shape)

@@ -31,7 +31,7 @@ class Peers:
         """In the first process: waits for the others in a thread.
 
         Args:
-            host: an address of this machine.
+            host: an address of this machine; empty: all of them.
             token: what the others will say first; who says anything else is sent away.
 
         Returns:
@@ -40,8 +40,9 @@ class Peers:
         Raises:
             OSError: the address isn't this machine's.
         """
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        server = socket.create_server((host, 0), family=family, backlog=1024)
+        both = not host and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+        server = socket.create_server((host, 0), family=family, backlog=1024, dualstack_ipv6=both)
         self._begin(self._serve, server, token.encode())
         return server.getsockname()[1]
 
@@ -53,7 +54,7 @@ class Peers:
         """
         connection = socket.create_connection((host, port), timeout=PATIENCE)
         connection.sendall(token.encode() + f"{process:{HELLO}}".encode())
-        connection.settimeout(None)
+        _stay(connection)
         self._connections.append(connection)
         self._begin(self._heed, connection, 0)
 
@@ -118,11 +119,19 @@ def _welcome(connection: socket.socket, token: bytes) -> int | None:
     try:
         connection.settimeout(PATIENCE)
         said = connection.recv(len(token) + HELLO, socket.MSG_WAITALL)
-        connection.settimeout(None)
+        _stay(connection)
     except OSError:
         return None
     known, number = hmac.compare_digest(said[: len(token)], token), said[len(token) :].strip()
     return int(number) if known and number.isdigit() else None
+
+
+def _stay(connection: socket.socket) -> None:
+    """Without a timeout, and never idle for so long that something on the way forgets it."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
 
 
 def _said(connection: socket.socket) -> bytes:

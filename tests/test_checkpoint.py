@@ -108,8 +108,8 @@ def test_restores_onto_any_mesh_and_stage_of_zero(zero: int, devices: int, tmp_p
     init, _ = models.transformer(MODEL)
     optimizer, shapes = optax.adamw(1e-3), jax.eval_shape(init, jax.random.key(0))
     saved, here = (
-        sharding.lay_out(shapes, sharding.mesh(devices=some), zero=zero, stacked=models.stacked).state(optimizer)
-        for some in (jax.devices(), jax.devices()[:devices])
+        sharding.lay_out(shapes, sharding.mesh(devices=some), zero=stage, stacked=models.stacked).state(optimizer)
+        for some, stage in ((jax.devices(), {0: 3, 1: 0, 3: 1}[zero]), (jax.devices()[:devices], zero))
     )
     state = jax.device_put(state_at(1), saved)
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:

@@ -130,13 +130,15 @@ def test_the_state_may_be_donated_at_once() -> None:
     assert fingerprint.read_fingerprints(begun) == before
 
 
+@pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", [(), ("b",), (None, "a")], ids=str)
-def test_a_bit_that_one_of_several_copies_has_wrong_is_found_and_where(spec: tuple[Any, ...]) -> None:
-    mesh, rng = jax.make_mesh((2, 4), ("a", "b")), np.random.default_rng(0)
+def test_a_bit_that_one_of_several_copies_has_wrong_is_found_and_where(types: Any, spec: tuple[Any, ...]) -> None:
+    mesh, rng = jax.make_mesh((2, 4), ("a", "b"), types), np.random.default_rng(0)
     tree = {name: jnp.asarray(rng.integers(0, 2, (16, 24)), name) for name in ("float32", "bfloat16", "int8")}
     tree = jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
     alone = {"alone": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, PartitionSpec(("a", "b"))))}
-    parts = 3 * {(): 1, ("b",): 4, (None, "a"): 2}[spec]
+    other = jax.device_put(jnp.ones(3), NamedSharding(jax.make_mesh((8,), ("c",)), PartitionSpec()))
+    parts = 1 + 3 * {(): 1, ("b",): 4, (None, "a"): 2}[spec]
     for _ in range(20):
         name, number = rng.choice(list(tree)), rng.integers(8)
         shards = [np.array(shard.data) for shard in tree[name].addressable_shards]
@@ -145,9 +147,9 @@ def test_a_bit_that_one_of_several_copies_has_wrong_is_found_and_where(spec: tup
         devices = [shard.device for shard in tree[name].addressable_shards]
         arrays = [jax.device_put(x, device) for x, device in zip(shards, devices, strict=True)]
         wrong = jax.make_array_from_single_device_arrays(tree[name].shape, tree[name].sharding, arrays)
-        found = fingerprint.copies(tree | {name: wrong} | alone)
+        found = fingerprint.copies(tree | {name: wrong, "other": other} | alone)
         assert len(found) == parts
         (part,) = (part for part, prints in found.items() if len(prints) > 1)
         assert part.startswith(f"{name}[")
         assert [f"{devices[number]} of process 0"] in found[part].values()
-        assert sum(map(len, found[part].values())) == 8 * 3 // parts
+        assert sum(map(len, found[part].values())) == 8 * 3 // (parts - 1)

@@ -141,6 +141,7 @@ def main(kills: int, seed: int, folder: Path) -> None:
         code = 1
         while code:
             kill = draw(rng, SIGNALS[done % len(SIGNALS)], seconds) if done < kills else None
+            had = len(lines(run / "metrics.jsonl"))
             code, took = end(begin(pretrain, where, text), kill, run)
             told = (where / "said").read_text()
             assert code in (0, 75, -signal.SIGKILL, -signal.SIGTERM), told
@@ -153,6 +154,8 @@ def main(kills: int, seed: int, folder: Path) -> None:
             lost = len(lines(run / "metrics.jsonl")) - saved
             if code == 75:
                 assert lost == 0, (kill, lost)
+            if code == -signal.SIGTERM:  # before the first step of this start, or after all was saved
+                assert lost == 0 or lost + saved <= had, (kill, lost, saved, had)
             if code:
                 assert kill is not None, told
                 done += 1

@@ -1,11 +1,14 @@
 """What each of two processes does: HOST:PORT, how many, which, a folder, what happens.
 
 `damaged`: they save, a checkpoint is damaged, they restore. `full`: there is no room for one, then there is. `fails`:
-the disk fails one of them in the middle of a save. `differs`: one of them has another copy of what is replicated.
+the disk fails one of them in the middle of a save. `differs`: one of them has another copy of what is replicated. `call
+PROCESS NUMBER ERROR`: the system fails that process so at that call of its save (0: SIGKILL); needs shim.c.
 """
 
+import ctypes
 import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -62,10 +65,26 @@ def differs(path: Path) -> None:
         checkpoints.save(state._replace(params={"w": wrong}))
 
 
-def main(where: str, processes: str, process: str, folder: str, what: str) -> None:
+def call(path: Path, victim: str, number: str, error: str) -> None:
+    mesh, shim = sharding.mesh(), ctypes.CDLL(os.environ["LD_PRELOAD"])
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        checkpoints.save(state_at(1, mesh))
+        checkpoints.wait()
+        if jax.process_index() == int(victim):
+            shim.fault(str(path).encode(), ctypes.c_long(int(number)), ctypes.c_long(int(number)), int(error), -1)
+        checkpoints.save(state_at(2, mesh))
+        saved = checkpoints.latest == 2
+        calls = shim.counted()
+        shim.fault(b"", ctypes.c_long(0), ctypes.c_long(0), 0, -1)
+        checkpoints.save(state_at(3, mesh))
+    print(json.dumps([saved, calls]))
+
+
+def main(where: str, processes: str, process: str, folder: str, what: str, *about: str) -> None:
     distributed.start((where, int(processes), int(process)))
+    does = {"damaged": damaged, "full": full, "fails": fails, "differs": differs, "call": call}[what]
     with distributed.leaving_together():
-        {"damaged": damaged, "full": full, "fails": fails, "differs": differs}[what](Path(folder))
+        does(Path(folder), *about)
 
 
 def damaged(path: Path) -> None:

@@ -1,27 +1,35 @@
 """Several processes take the same checkpoint, also when only one of them sees that the newest is damaged."""
 
+import errno
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import saving
 from ports import free_port
+
+from jaxlm import checkpoint
+from jaxlm.checkpoint import _folder
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_", "NPROC")
 
 
-def end_of_two(folder: Path, what: str) -> tuple[list[int], list[tuple[str, str]]]:
+def end_of_two(folder: Path, *what: str, **variables: str) -> tuple[list[int], list[tuple[str, str]]]:
     """The exit codes of both, and what they said on stdout and stderr."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **variables}
     where, script = f"127.0.0.1:{free_port()}", str(ROOT / "tests/faults/several.py")
     running = [
         subprocess.Popen(
-            [sys.executable, script, where, "2", str(process), str(folder), what],
+            [sys.executable, script, where, "2", str(process), str(folder), *what],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -38,7 +46,7 @@ def end_of_two(folder: Path, what: str) -> tuple[list[int], list[tuple[str, str]
     return [process.returncode for process in running], ended
 
 
-def said(out: str) -> list[object]:
+def said(out: str) -> list[Any]:
     """Gloo says things too."""
     return [json.loads(line) for line in out.splitlines() if line.startswith("[") and "peer" not in line]
 
@@ -83,3 +91,31 @@ def test_a_copy_that_one_process_has_wrong_ends_both(tmp_path: Path) -> None:
             r"save: at step 1 params/w\[:, :\] on \S+ of process 1 isn't what it is on 3 other devices", err
         )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [".lock"]
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("needs Linux and a C compiler")
+    return str(saving.compile_shim(tmp_path_factory.mktemp("shim")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [0, errno.ENOSPC, errno.EIO], ids=["SIGKILL", "ENOSPC", "EIO"])
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [1, 6, 11, 17, 24, 33, 42])
+def test_at_whatever_call_the_system_fails_one_of_two_what_counts_is_whole(
+    number: int, victim: int, error: int, shim: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    codes, ended = end_of_two(folder, "call", str(victim), str(number), str(error), LD_PRELOAD=shim)
+    whole = _folder.whole(folder)
+    for step in whole:
+        checkpoint.load_params(folder, step)
+    if codes == [0, 0]:  # trained over, or it has fewer calls
+        assert whole[-1] == 3
+        assert error or all(said(out)[0][1] < number for out, _ in ended[victim : victim + 1])
+    else:  # SIGABRT, where JAX tells of a killed process first
+        assert codes[victim] == (75 if error else -signal.SIGKILL), ended
+        assert codes[1 - victim] in ((75,) if error else (75, -signal.SIGABRT)), ended
+        assert whole in ([1], [1, 2])
