@@ -2,7 +2,7 @@
 
 Microbatches, all devices at every stage of ZeRO, packed rows and one document a row, cross-entropy in chunks, layers
 unrolled or computed again, kinds of attention, a resumed run, float16: each is held against one plain run on one device
-(jaxlm.verify). It takes under two minutes on two CPU cores, eight devices simulated; it fails if anything differs.
+(jaxlm.verify). It takes a minute on two CPU cores, eight devices simulated; it fails if anything differs.
 """
 
 import dataclasses
