@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 
 HELLO = 10  # digits of a process' number
+WELCOME = b"+"
 BYE = b"."  # without this, the end of a connection is the end of the process
 LOOK_EVERY = 0.5  # seconds, whether it is over
-PATIENCE = 2.0  # seconds, for a stranger that connects and says nothing
+PATIENCE = 10.0  # seconds, for who connects and says nothing
 
 
 class Peers:
@@ -54,6 +55,9 @@ class Peers:
         """
         connection = socket.create_connection((host, port), timeout=PATIENCE)
         connection.sendall(token.encode() + f"{process:{HELLO}}".encode())
+        if _said(connection) != WELCOME:
+            connection.close()
+            raise ConnectionError(f"{host}:{port} doesn't know this process")
         _stay(connection)
         self._connections.append(connection)
         self._begin(self._heed, connection, 0)
@@ -118,12 +122,17 @@ def _welcome(connection: socket.socket, token: bytes) -> int | None:
     """The number of the process that connects, if it is one of the run."""
     try:
         connection.settimeout(PATIENCE)
-        said = connection.recv(len(token) + HELLO, socket.MSG_WAITALL)
+        said = b""
+        while len(said) < len(token) + HELLO and (more := connection.recv(len(token) + HELLO - len(said))):
+            said += more
+        known, number = hmac.compare_digest(said[: len(token)], token), said[len(token) :].strip()
+        if not known or not number.isdigit():
+            return None
+        connection.sendall(WELCOME)
         _stay(connection)
     except OSError:
         return None
-    known, number = hmac.compare_digest(said[: len(token)], token), said[len(token) :].strip()
-    return int(number) if known and number.isdigit() else None
+    return int(number)
 
 
 def _stay(connection: socket.socket) -> None:

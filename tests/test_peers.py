@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from jaxlm.peers import BYE, HELLO, Peers
+from jaxlm.peers import BYE, HELLO, WELCOME, Peers
 
 TOKEN = "3f" * 32
 WAIT = 30.0  # seconds, which an answer may take
@@ -82,6 +82,25 @@ def test_the_first_lets_the_others_end_before_it() -> None:
     first.close()
     first.let_go(1, within=WAIT)  # returns at once
     first.let_go(2, within=0.01)
+
+
+def test_who_is_not_known_has_no_connection() -> None:
+    first, port, gone = listening()
+    with pytest.raises(ConnectionError, match=f"127.0.0.1:{port} doesn't know this process"):
+        Peers(gone.put).connect("127.0.0.1", port, "00" * 32, 1)
+    assert gone.empty()
+    first.bye()
+
+
+def test_a_hello_may_come_in_pieces_and_from_any_address() -> None:
+    gone = queue.Queue[int]()
+    first = Peers(gone.put)
+    with hello(first.listen("", TOKEN), TOKEN[:9]) as connection:
+        for rest in (TOKEN[9:], f"{5:{HELLO}}"):
+            connection.sendall(rest.encode())
+        assert connection.recv(1) == WELCOME
+    assert gone.get(timeout=WAIT) == 5
+    first.bye()
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
