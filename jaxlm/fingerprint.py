@@ -73,7 +73,7 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
             part = ", ".join(":" if at == slice(None) else f"{at.start}:{at.stop}" for at in parts[shard.device])
             device = f"{shard.device} of process {shard.device.process_index}"
             found[f"{name}[{part}]"][_digits(np.asarray(shard.data)[0])].append(device)
-    return found
+    return {part: dict(prints) for part, prints in found.items()}
 
 
 @functools.lru_cache
