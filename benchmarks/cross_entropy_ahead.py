@@ -50,7 +50,8 @@ def main() -> None:
         "command": "python benchmarks/cross_entropy_ahead.py",
         "versions": machine.versions(("jax", "jaxlib", "jax-cuda12-plugin", "libtpu")),
     }
-    OUT.write_text(json.dumps(about | {"vocab": VOCAB, "width": WIDTH, "tokens": TOKENS, "losses": record}, indent=1))
+    sizes = {"vocab": VOCAB, "width": WIDTH, "tokens": TOKENS}
+    OUT.write_text(json.dumps(about | sizes | {"losses": record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def inside(begun: float) -> None:
 
         setattr(of, attribute, wrapped)
 
-    def written(*_: Any) -> None:
+    def written(*line: Any) -> None:
+        pretrain.jax.block_until_ready(line)  # the step's metrics
         spent["in all"] = time.time() - begun
         print(json.dumps(spent), flush=True)
         os._exit(0)
@@ -67,20 +68,19 @@ def inside(begun: float) -> None:
     pretrain.main(tyro.cli(pretrain.Config, args=OPTIONS))
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def start(folder: Path, to: Any, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=to, text=True)
 
 
 def measure(rounds: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder, found = Path(temporary), list[dict[str, float]]()
-        with start(folder, str(SCRIPT), *OPTIONS) as process:
+        with (folder / "said").open("w") as said, start(folder, said, str(SCRIPT), *OPTIONS) as process:
             while not (folder / "runs/pretrain/checkpoints/10").exists() and process.poll() is None:
                 time.sleep(0.1)
             process.kill()
         for _ in range(rounds):
-            with start(folder, __file__, "--inside", repr(time.time())) as process:
+            with start(folder, subprocess.PIPE, __file__, "--inside", repr(time.time())) as process:
                 said, _ = process.communicate()
             found.append(json.loads(said.splitlines()[-1]))
         return found

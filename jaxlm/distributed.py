@@ -219,8 +219,8 @@ def leaving_together() -> Generator[None]:
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(done,), daemon=True)
     listener.start()
-    _connect_peers()
     try:
+        _connect_peers()
         yield
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
@@ -262,7 +262,7 @@ def _gone(process: int) -> None:
     if state.process_id == 0:
         with contextlib.suppress(*UNREACHABLE):
             state.client.key_value_set(f"{GONE}/{process}", "")
-    _leave("")
+    threading.Thread(target=_leave, args=("",), daemon=True).start()  # others may be gone too
 
 
 @contextlib.contextmanager
@@ -356,7 +356,7 @@ def _leave(failure: str, code: int = 1) -> NoReturn:
         while (
             len(gone | said.keys()) < state.num_processes and time.monotonic() < deadline and not (failure and me > 0)
         ):
-            time.sleep(0.05)
+            time.sleep(max(0.05, state.num_processes / 2000))
             said = {int(key.rpartition("/")[2]): why for key, why in state.client.key_value_dir_get(LEAVING)}
             gone = {int(key.rpartition("/")[2]) for key, _ in state.client.key_value_dir_get(GONE)}
         failed = sorted(process for process, why in said.items() if why)

@@ -19,10 +19,8 @@ _HELD: dict[tuple[int, Path], tuple[int, int]] = {}
 """The open file of each lock of this process, by the process' id and the folder, and how often it was locked."""
 
 SECRETS: Final = (
-    re.compile(r"(://)[^/\s\"'@]+(?=@)"),
-    re.compile(
-        r"([?&][^=&\s\"']*(?:key|token|secret|signature|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE
-    ),
+    re.compile(r"(://)[^/\s\"']+(?=@)"),
+    re.compile(r"([?&][^=&\s\"']*(?:key|token|secret|sig|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE),
 )
 """Of URLs: users and passwords, and parameters that stand for them."""
 

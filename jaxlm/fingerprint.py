@@ -56,10 +56,11 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
     >>> copies({"a": jnp.zeros(2)})
     {}
     """
-    leaves = {
+    leaves: dict[str, Any] = {
         name: leaf
         for name, leaf in named_leaves(tree).items()
-        if isinstance(leaf.sharding, NamedSharding)
+        if isinstance(leaf, jax.Array)
+        and isinstance(leaf.sharding, NamedSharding)
         and len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape)) > leaf.size
     }
     sums: dict[str, jax.Array] = {}

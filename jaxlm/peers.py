@@ -12,7 +12,8 @@ HELLO = 10  # digits of a process' number
 WELCOME = b"+"
 BYE = b"."  # without this, the end of a connection is the end of the process
 LOOK_EVERY = 0.5  # seconds, whether it is over
-PATIENCE = 10.0  # seconds, for who connects and says nothing
+PATIENCE = 1.0  # seconds, for who connects and says nothing
+JOINING = 60.0  # seconds, for the first to turn to a process that connects
 
 
 class Peers:
@@ -53,10 +54,11 @@ class Peers:
         Raises:
             OSError: it can't be reached.
         """
-        connection = socket.create_connection((host, port), timeout=PATIENCE)
+        connection = socket.create_connection((host, port), timeout=JOINING)
         connection.sendall(token.encode() + f"{process:{HELLO}}".encode())
         if _said(connection) != WELCOME:
-            connection.close()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(BYE)  # the first may come to read the hello yet
             raise ConnectionError(f"{host}:{port} doesn't know this process")
         _stay(connection)
         self._connections.append(connection)
@@ -72,7 +74,8 @@ class Peers:
         if self._thread:
             self._thread.join()
         for connection in self._connections:
-            connection.close()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(BYE)  # to those that came meanwhile
 
     def close(self) -> None:
         """Lets the others know that this process is about to end."""
@@ -85,8 +88,9 @@ class Peers:
         deadline = time.monotonic() + within
         connections = list(self._connections)
         for connection in connections:
-            connection.settimeout(max(0.0, deadline - time.monotonic()))
-            _said(connection)
+            with contextlib.suppress(OSError):  # closed meanwhile
+                connection.settimeout(max(0.0, deadline - time.monotonic()))
+                _said(connection)
         if len(connections) < others:
             time.sleep(max(0.0, deadline - time.monotonic()))
 
@@ -104,7 +108,11 @@ class Peers:
                         ready.unregister(key.fileobj)
                         self._heed(key.fileobj, key.data)
                         continue
-                    connection, _ = server.accept()
+                    try:
+                        connection, _ = server.accept()
+                    except OSError:  # it is gone again, or there are too many files
+                        time.sleep(LOOK_EVERY)
+                        continue
                     process = _welcome(connection, token)
                     if process is None:
                         connection.close()
@@ -121,9 +129,11 @@ class Peers:
 def _welcome(connection: socket.socket, token: bytes) -> int | None:
     """The number of the process that connects, if it is one of the run."""
     try:
-        connection.settimeout(PATIENCE)
-        said = b""
-        while len(said) < len(token) + HELLO and (more := connection.recv(len(token) + HELLO - len(said))):
+        said, deadline = b"", time.monotonic() + PATIENCE
+        while len(said) < len(token) + HELLO:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            if not (more := connection.recv(len(token) + HELLO - len(said))):
+                return None
             said += more
         known, number = hmac.compare_digest(said[: len(token)], token), said[len(token) :].strip()
         if not known or not number.isdigit():

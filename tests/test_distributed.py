@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ if __name__ == "__main__":  # the processes import what they need: all of jaxlm 
 from jaxlm import distributed
 
 PATIENCE = 60  # seconds for anything at all
-LEAVING = 5  # seconds from the end of a process to that of the others; 0.2 where two cores do nothing else
+LEAVING = 10  # seconds from the end of a process to that of the others; 0.2 where two cores do nothing else
 LAUNCHERS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_")
 OPEN_MPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,192.0.2.1:34911",
@@ -165,7 +165,10 @@ def sum_of_devices() -> float:
 
 def listening() -> Iterator[str]:
     """The addresses, as Linux writes them, on which this process listens."""
-    own = {os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.exists() or file.is_symlink()}
+    own = set[str]()
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            own.add(os.readlink(file))
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             fields = line.split()

@@ -2,6 +2,7 @@
 
 import queue
 import socket
+import time
 
 import pytest
 
@@ -80,7 +81,9 @@ def test_the_first_lets_the_others_end_before_it() -> None:
         pass
     other.close()
     first.close()
-    first.let_go(1, within=WAIT)  # returns at once
+    begun = time.monotonic()
+    first.let_go(1, within=WAIT)
+    assert time.monotonic() - begun < WAIT / 2
     first.let_go(2, within=0.01)
 
 
@@ -90,6 +93,16 @@ def test_who_is_not_known_has_no_connection() -> None:
         Peers(gone.put).connect("127.0.0.1", port, "00" * 32, 1)
     assert gone.empty()
     first.bye()
+
+
+def test_a_stranger_that_says_nothing_keeps_nobody_waiting_for_long() -> None:
+    first, port, gone = listening()
+    with hello(port, ""):
+        other = Peers(gone.put)
+        other.connect("127.0.0.1", port, TOKEN, 1)
+    other.bye()
+    first.bye()
+    assert gone.empty()
 
 
 def test_a_hello_may_come_in_pieces_and_from_any_address() -> None:

@@ -69,7 +69,8 @@ def test_a_process_that_goes_on_is_left_alone_and_nothing_remains(tmp_path: Path
 
 def test_nothing_remains_of_a_process_that_was_killed(tmp_path: Path) -> None:
     package, code = str(Path(__file__).parents[1] / "jaxlm"), "os.kill(os.getpid(), signal.SIGKILL)"
-    subprocess.run([sys.executable, "-c", PROGRAM, package, str(tmp_path), "60", code], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", PROGRAM, package, str(tmp_path), "60", code]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 30
     while any(tmp_path.iterdir()):
         assert time.monotonic() < deadline

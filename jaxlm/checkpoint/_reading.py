@@ -124,7 +124,7 @@ def check_copies(step: int, parts: Json) -> None:
             fewest, *others = sorted(prints.values(), key=len)
             raise RuntimeError(
                 f"save: at step {step} {part} on {', '.join(fewest[:4])} isn't what it is on {sum(map(len, others))} "
-                "other devices. Nothing was saved: leave out the device that errs, and go on from the checkpoint before"
+                "other devices. Nothing was saved: leave out what errs, and go on from the checkpoint before"
             )
 
 

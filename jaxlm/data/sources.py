@@ -177,7 +177,9 @@ def _remote_files(url: str, leave_out: Collection[str]) -> Iterator[_File]:
         name = redacted(path.removeprefix(root).removeprefix("/") or PurePosixPath(path).name)
         parts = PurePosixPath(name).parts
         if ".." in parts or PurePosixPath(name).is_absolute() or not path.startswith(root):
-            raise ValueError(f"{redacted(url)} has a file whose name leaves it, {path!r}; rename or remove it")
+            raise ValueError(
+                f"{redacted(url)} has a file whose name leaves it, {redacted(path)!r}; rename or remove it"
+            )
         if not set(parts[:-1]) & set(leave_out):
             # Where a file is and how large, when it was changed or its hash, as far as the file system tells.
             version = json.dumps(about, sort_keys=True, default=str)
@@ -198,7 +200,7 @@ def _read(name: str, read: Callable[[], Iterator[Document]]) -> Iterator[Documen
     except Exception as error:  # each format has its own
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise  # of a copy that was being made
-        raise UnreadableError(f"{name} can't be read: {str(error) or repr(error)}") from error
+        raise UnreadableError(redacted(f"{name} can't be read: {str(error) or repr(error)}")) from error
 
 
 def _read_file(
