@@ -90,7 +90,8 @@ class Checkpoints:
         fails one in the middle, which the others would wait for, all leave for a restart, those others that are inside
         `distributed.leaving_together`.
 
-        What several devices hold must be the same on all: where it isn't, one of them has failed without a sign.
+        What several devices hold must be the same on all: where it isn't, one of them has failed without a sign, or the
+        program isn't deterministic (`--xla_gpu_deterministic_ops=true`).
 
         Raises:
             OSError: the last three saves failed so; older checkpoints are intact.
@@ -244,6 +245,7 @@ class Checkpoints:
                     _, damage = or_damage(check, manifest, loaded)
                     if damage is None:
                         self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
+                        copies(loaded)  # as below
                         return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
             report_damage(step, damage)
