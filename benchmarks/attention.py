@@ -6,12 +6,10 @@ two must agree. See README.md beside this file.
 """
 
 import argparse
-import datetime
 import json
 import math
 import os
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -211,11 +209,7 @@ def main() -> None:
         return
     out: Path = options.output or HERE / "results" / f"attention-{machine.file_name(device)}.json"
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "cores": os.cpu_count(),
-        "versions": machine.versions(("jax", "jaxlib", "numpy")),
+        **machine.about(device, ("jax", "jaxlib", "numpy")),
         "shape": {"rows": 1, "heads": heads(), "width": WIDTH, "dtype": dtype()},
         "block": BLOCK,
         "programs": found,

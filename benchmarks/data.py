@@ -8,7 +8,6 @@ processor's time of all threads, which other processes disturb less than the clo
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import gzip
 import html
@@ -17,7 +16,6 @@ import json
 import os
 import random
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -338,11 +336,7 @@ def main() -> None:
     out: Path = options.output or HERE / "results" / f"data-{machine.file_name(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "cores": os.cpu_count(),
-        "versions": machine.versions(PACKAGES),
+        **machine.about(device, PACKAGES),
         "malloc": machine.HUGE_PAGES["GLIBC_TUNABLES"],
         "texts": results,
     }

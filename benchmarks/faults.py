@@ -5,10 +5,8 @@ Nothing is timed: what counts is that no trial goes wrong. See tests/faults, who
 
 import argparse
 import collections
-import datetime
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -138,11 +136,8 @@ def main() -> None:
     device = machine.processor()
     if not smoke:
         record = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": device,
+            **machine.about(device, PACKAGES),
             "seed": seed,
-            "versions": machine.versions(PACKAGES),
             "results": results,
         }
         out = HERE / "results" / f"faults-{machine.file_name(device)}.json"

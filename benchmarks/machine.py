@@ -1,13 +1,15 @@
 """The machine that a benchmark runs on: what it is, what else it does, how it hands out memory."""
 
 import contextlib
+import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 HUGE_PAGES: Final = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Transparent huge pages for what malloc hands out: XLA's CPU client asks for its temporary memory anew each step."""
@@ -59,6 +61,17 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def about(device: str, packages: Sequence[str]) -> dict[str, Any]:
+    """How and where figures are measured, to be kept with them."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "cores": os.cpu_count(),
+        "versions": versions(packages),
+    }
 
 
 def file_name(*parts: str) -> str:

@@ -6,11 +6,9 @@ taken within a round. Memory is the compiler's own account. See README.md beside
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -222,11 +220,7 @@ def main() -> None:
         if options.smoke:
             continue
         record = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": device,
-            "cores": os.cpu_count(),
-            "versions": machine.versions(PACKAGES),
+            **machine.about(device, PACKAGES),
             "malloc": machine.HUGE_PAGES["GLIBC_TUNABLES"],
             "contestants": results,
         }

@@ -7,11 +7,9 @@ streaming through memory among them. What counts are ratios within a round. See 
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -301,12 +299,8 @@ def main() -> None:
     out: Path = options.output or HERE / "results" / f"optimizers-{machine.file_name(*variant, device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
+        **machine.about(device, PACKAGES),
         "platform": platform,
-        "cores": os.cpu_count(),
-        "versions": machine.versions(PACKAGES),
         "malloc": None if options.no_huge_pages else machine.HUGE_PAGES["GLIBC_TUNABLES"],
         "tree": {
             **dataclasses.asdict(tree),

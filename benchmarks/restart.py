@@ -6,11 +6,8 @@ the process itself. What it compiles was compiled before, by the first start. Se
 
 import argparse
 import collections
-import datetime
-import functools
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -25,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 HERE: Final = Path(__file__).parent
-OUT: Final = HERE / "results"
 SCRIPT: Final = HERE.parent / "experiments" / "pretrain.py"
 OPTIONS: Final = ["--save-every=10", "--steps=100000"]
 PACKAGES: Final = ("jax", "jaxlib", "orbax-checkpoint", "grain", "numpy")
@@ -42,7 +38,6 @@ def inside(begun: float) -> None:
     def timed(name: str, of: Any, attribute: str) -> None:
         work: Callable[..., Any] = getattr(of, attribute)
 
-        @functools.wraps(work)
         def wrapped(*arguments: Any, **options: Any) -> Any:
             before = time.time()
             try:
@@ -75,7 +70,7 @@ def start(folder: Path, to: Any, *arguments: str) -> subprocess.Popen[str]:
 def measure(rounds: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder, found = Path(temporary), list[dict[str, float]]()
-        with (folder / "said").open("w") as said, start(folder, said, str(SCRIPT), *OPTIONS) as process:
+        with (folder / "said").open("w") as file, start(folder, file, str(SCRIPT), *OPTIONS) as process:
             while not (folder / "runs/pretrain/checkpoints/10").exists() and process.poll() is None:
                 time.sleep(0.1)
             process.kill()
@@ -107,14 +102,10 @@ def main() -> None:
     (Console() if Console().is_terminal else Console(width=130)).print(lines)
     if not options.smoke:
         record = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": device,
-            "cores": os.cpu_count(),
-            "versions": machine.versions(PACKAGES),
+            **machine.about(device, PACKAGES),
             "rounds": rounds,
         }
-        out = OUT / f"restart-{machine.file_name(device)}.json"
+        out = HERE / "results" / f"restart-{machine.file_name(device)}.json"
         out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,11 +1,8 @@
 """How long `Checkpoints.save` holds up a loop, of the time that saving takes; the rest happens in the background."""
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,10 +50,7 @@ def main() -> None:
         measure(300_000, 1)
         return
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": machine.processor(),
-        "versions": machine.versions(("jax", "jaxlib", "orbax-checkpoint", "tensorstore")),
+        **machine.about(machine.processor(), ("jax", "jaxlib", "orbax-checkpoint", "tensorstore")),
         "sizes": [measure(size, options.saves) for size in SIZES],
     }
     out = HERE / "results" / f"saving-{machine.file_name(machine.processor())}.json"

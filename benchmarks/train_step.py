@@ -7,12 +7,10 @@ falls on all of them alike. What counts is the ratio within a round. See README.
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import importlib.util
 import json
 import os
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -185,12 +183,8 @@ def main() -> None:
     out: Path = options.out or HERE / "results" / f"train_step-{machine.file_name(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
+        **machine.about(device, PACKAGES),
         "platform": told["platform"],
-        "cores": os.cpu_count(),
-        "versions": machine.versions(PACKAGES),
         "malloc": None if options.no_huge_pages else machine.HUGE_PAGES["GLIBC_TUNABLES"],
         "models": results,
     }

@@ -7,13 +7,10 @@ that is from the first is chance.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import os
 import random
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -118,11 +115,7 @@ def main() -> None:
     if options.smoke:
         return
     record: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "cores": os.cpu_count(),
-        "versions": machine.versions(("jax", "jaxlib", "optax", "numpy")),
+        **machine.about(device, ("jax", "jaxlib", "optax", "numpy")),
         "times_bare": ratios,
         "counted_rounds": counted,
         "rounds": {
