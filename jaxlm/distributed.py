@@ -239,9 +239,9 @@ def _connect_peers() -> None:
 
     Where a firewall prevents it, JAX's heartbeats tell later.
     """
-    state, joined = _coordination(), False
+    state = _coordination()
     host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
-    with contextlib.suppress(OSError, *UNREACHABLE):
+    try:
         if state.process_id == 0:
             port, token = 0, secrets.token_hex()
             try:
@@ -251,8 +251,7 @@ def _connect_peers() -> None:
         else:
             port, _, token = state.client.blocking_key_value_get(PEERS, 1000 * JOINING).partition(" ")
             _PEERS.connect(host, int(port), token, state.process_id)
-        joined = True
-    if not joined:
+    except (OSError, *UNREACHABLE):
         _warn(f"no connection through {host}: that a process is gone will be noticed by its heartbeats alone")
 
 
@@ -357,8 +356,7 @@ def _leave(failure: str, code: int = 1) -> NoReturn:
             len(gone | said.keys()) < state.num_processes and time.monotonic() < deadline and not (failure and me > 0)
         ):
             time.sleep(max(0.05, state.num_processes / 2000))
-            said = {int(key.rpartition("/")[2]): why for key, why in state.client.key_value_dir_get(LEAVING)}
-            gone = {int(key.rpartition("/")[2]) for key, _ in state.client.key_value_dir_get(GONE)}
+            said, gone = _told_of(LEAVING), set(_told_of(GONE))
         failed = sorted(process for process, why in said.items() if why)
         lost = sorted(set(range(state.num_processes)) - set(said))
         if failure:
@@ -379,6 +377,11 @@ def _leave(failure: str, code: int = 1) -> NoReturn:
     if me == 0:  # JAX would end the others, which hear of each other through this process
         _PEERS.let_go(_coordination().num_processes - 1, within=PATIENCE)
     os._exit(code)
+
+
+def _told_of(what: str) -> dict[int, str]:
+    """What is written of it, by the numbers of the processes."""
+    return {int(key.rpartition("/")[2]): said for key, said in _coordination().client.key_value_dir_get(what)}
 
 
 def _coordination() -> Any:

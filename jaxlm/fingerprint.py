@@ -63,28 +63,27 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
         and isinstance(leaf.sharding, NamedSharding)
         and len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape)) > leaf.size
     }
-    sums: dict[str, jax.Array] = {}
+    found: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for mesh in dict.fromkeys(leaf.sharding.mesh for leaf in leaves.values()):
         its = {name: leaf for name, leaf in leaves.items() if leaf.sharding.mesh == mesh}
-        sums |= _sums_on_each(mesh, tuple((name, leaf.sharding.spec) for name, leaf in its.items()))(its)
-    found: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-    for name, leaf in leaves.items():
-        parts = leaf.sharding.devices_indices_map(leaf.shape)
-        for shard in sums[name].addressable_shards:
-            part = ", ".join(":" if at == slice(None) else f"{at.start}:{at.stop}" for at in parts[shard.device])
+        sums = _sums_on_each(mesh, tuple(leaf.sharding.spec for leaf in its.values()))(tuple(its.values()))
+        for shard in sums.addressable_shards:
             device = f"{shard.device} of process {shard.device.process_index}"
-            found[f"{name}[{part}]"][_digits(np.asarray(shard.data)[0])].append(device)
+            for (name, leaf), pair in zip(its.items(), np.asarray(shard.data)[0], strict=True):
+                own = leaf.sharding.devices_indices_map(leaf.shape)[shard.device]
+                part = ", ".join(":" if at == slice(None) else f"{at.start}:{at.stop}" for at in own)
+                found[f"{name}[{part}]"][_digits(pair)].append(device)
     return {part: dict(prints) for part, prints in found.items()}
 
 
 @functools.lru_cache
-def _sums_on_each(mesh: Mesh, specs: tuple[tuple[str, PartitionSpec], ...]) -> Callable[..., Any]:
-    def own(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: _sum(leaf)[None] for name, leaf in leaves.items()}
+def _sums_on_each(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[..., jax.Array]:
+    def own(leaves: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.stack([_sum(leaf) for leaf in leaves])[None]
 
     # Unchecked, since what is said to be the same on several devices is what may differ.
     every = PartitionSpec(mesh.axis_names)
-    return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(dict(specs),), out_specs=every, check_vma=False))
+    return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(specs,), out_specs=every, check_vma=False))
 
 
 @jax.jit

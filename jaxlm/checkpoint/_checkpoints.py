@@ -245,7 +245,7 @@ class Checkpoints:
                     _, damage = or_damage(check, manifest, loaded)
                     if damage is None:
                         self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
-                        copies(loaded)  # as below
+                        copies(loaded)  # compiles now what would hold up the first save
                         return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
             report_damage(step, damage)
@@ -253,7 +253,7 @@ class Checkpoints:
         if names and until is None:
             raise RuntimeError(none_whole(self._folder, names))
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
-            begin_fingerprints(parts)  # compiles now what would hold up the first save
+            begin_fingerprints(parts)  # as above
             copies(parts)
         return None
 
