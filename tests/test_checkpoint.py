@@ -1,12 +1,8 @@
-"""What is saved comes back bit for bit; what doesn't fit or is damaged is named; a failed save loses nothing."""
+"""What is saved comes back bit for bit; what doesn't fit or is damaged is named."""
 
-import errno
-import functools
 import json
 import math
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +12,10 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from states import ABOUT, MODEL, names, same, save, state_at
 
-from jaxlm import checkpoint, fingerprint, models, sharding, train
+from jaxlm import checkpoint, fingerprint, models, sharding
 from jaxlm.checkpoint import _folder
-from jaxlm.types import TrainState
-
-MODEL = models.TransformerConfig(vocab=20, layers=2, width=8, heads=2)
-ABOUT = {"model": {"width": 8}, "data": "words"}
-
-
-@functools.cache
-def init_of(config: models.TransformerConfig) -> Any:
-    return jax.jit(models.transformer(config)[0])
-
-
-def state_at(step: int, config: models.TransformerConfig = MODEL, optimizer: Any = None) -> TrainState:
-    state = train.start(init_of(config)(jax.random.key(step)), optimizer or optax.adamw(1e-3))
-    return state._replace(step=jnp.asarray(step, jnp.int32))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def save(folder: Path, *steps: int, keep: int = 2) -> None:
-    with checkpoint.Checkpoints(folder, ABOUT, keep=keep) as checkpoints:
-        for step in steps:
-            checkpoints.save(state_at(step))
-
-
-@contextmanager
-def a_full_disk(error: Exception) -> Generator[None]:
-    """Lets saves fail in the background, once the arrays are written; tests/faults lets the system do it, anywhere."""
-
-    def fail(*_: Any) -> None:
-        raise error
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_folder, "commit", fail)
-        yield
-
-
-def same(a: Any, b: Any) -> bool:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    return all(
-        x.dtype == y.dtype and bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
 
 
 def test_restores_the_newest_bit_for_bit_and_keeps_as_many_as_asked(tmp_path: Path) -> None:
@@ -336,67 +290,6 @@ def test_an_error_that_is_no_damage_is_raised(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == ["1", "2"]
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "text"),
-    [
-        (OSError(errno.EFBIG, "File too large", "some file"), errno.EFBIG, "File too large"),
-        (
-            ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"),
-            errno.ENOSPC,
-            "No space left on device",
-        ),
-        (ValueError("UNKNOWN: Failed to write [OS error 5: EIO Input/output error]"), errno.EIO, "Input/output error"),
-    ],
-    ids=["EFBIG", "ENOSPC", "EIO"],
-)
-def test_a_save_that_finds_no_space_is_said_and_the_next_one_succeeds(
-    error: Exception, code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-        checkpoints.save(state_at(1))
-        checkpoints.wait()
-        with a_full_disk(error):
-            checkpoints.save(state_at(2))
-            assert checkpoints.latest == 1
-            assert names(tmp_path) == ["1"]
-            assert capsys.readouterr().err == f"checkpoint 2 was not saved: {text}; the older ones are intact\n"
-            with pytest.raises(OSError, match="checkpoint 2 was not saved") as raised:
-                checkpoints.wait()
-            assert raised.value.errno == code
-            assert same(checkpoints.restore(state_at(0)), state_at(1))
-        checkpoints.save(state_at(3))
-        assert same(checkpoints.restore(state_at(0)), state_at(3))
-    assert names(tmp_path) == ["1", "3"]
-
-
-def test_the_third_failure_in_a_row_is_raised_and_so_is_that_of_the_last_save(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    with a_full_disk(OSError(errno.ENOSPC, "")):
-        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-            for step in (2, 3, 4):
-                checkpoints.save(state_at(step))
-            with pytest.raises(OSError, match="checkpoint 4 was not saved"):
-                checkpoints.save(state_at(5))
-            checkpoints._failed = None
-        with (
-            pytest.raises(OSError, match="checkpoint 6 was not saved"),
-            checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints,
-        ):
-            checkpoints.save(state_at(6))
-    assert names(tmp_path) == ["1"]
-
-
-def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Path) -> None:
-    def run() -> None:
-        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-            checkpoints.save(state_at(1))
-            raise ZeroDivisionError
-
-    with a_full_disk(OSError(errno.ENOSPC, "")), pytest.raises(ZeroDivisionError):
-        run()
-    save(tmp_path, 2)
-
-
 def test_the_manifest_has_the_fingerprint_of_each_leaf(tmp_path: Path) -> None:
     save(tmp_path, 1)
     leaves = json.loads((tmp_path / "1" / _folder.MANIFEST).read_text())["leaves"]
@@ -405,14 +298,3 @@ def test_the_manifest_has_the_fingerprint_of_each_leaf(tmp_path: Path) -> None:
         {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
     )
     assert {name: leaf[2] for name, leaf in leaves.items()} == expected
-
-
-def test_an_error_of_another_kind_is_raised_at_the_next_call(tmp_path: Path) -> None:
-    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
-    with a_full_disk(KeyError("a mistake")):
-        checkpoints.save(state_at(1))
-        with pytest.raises(KeyError, match="a mistake"):
-            checkpoints.wait()
-    checkpoints.save(state_at(2))
-    checkpoints.close()
-    assert names(tmp_path)[-1] == "2"

@@ -80,13 +80,6 @@ def call(path: Path, victim: str, number: str, error: str) -> None:
     print(json.dumps([saved, calls]))
 
 
-def main(where: str, processes: str, process: str, folder: str, what: str, *about: str) -> None:
-    distributed.start((where, int(processes), int(process)))
-    does = {"damaged": damaged, "full": full, "fails": fails, "differs": differs, "call": call}[what]
-    with distributed.leaving_together():
-        does(Path(folder), *about)
-
-
 def damaged(path: Path) -> None:
     mesh = sharding.mesh()
     with checkpoint.Checkpoints(path, {}) as checkpoints:
@@ -107,6 +100,13 @@ def damaged(path: Path) -> None:
         print(json.dumps([int(state.step), fingerprints(state) == fingerprints(state_at(1, mesh))]))
         checkpoints.save(state_at(2, mesh))
     print(json.dumps(sorted(file.name for file in path.iterdir())))
+
+
+def main(where: str, processes: str, process: str, folder: str, what: str, *about: str) -> None:
+    distributed.start((where, int(processes), int(process)))
+    does = {"damaged": damaged, "full": full, "fails": fails, "differs": differs, "call": call}[what]
+    with distributed.leaving_together():
+        does(Path(folder), *about)
 
 
 if __name__ == "__main__":

@@ -122,10 +122,11 @@ def attempt(run: Run, rng: random.Random | None) -> dict[str, Any]:
     allowed = {0, 75, -signal.SIGKILL}
     allowed |= {1} if fault == "fill" and "No space left" in told else set()
     allowed |= {-signal.SIGABRT} if fault == "kill one" and what == "SIGKILL to 0" else set()  # which all hear through
-    if fault in ("fill", "tell one") and f"{STEPS}/{STEPS}" in told:  # all is saved, and signals are held back no more
+    over = f"{STEPS}/{STEPS}" in told  # all is saved, and signals are held back no more
+    if over and fault in ("fill", "tell one"):
         allowed |= {-signal.SIGTERM, -signal.SIGABRT}
     assert set(codes) <= allowed, (fault, what, codes, told[-4000:])
-    assert fault != "tell one" or codes in ([75, 75], [0, 0]) or f"{STEPS}/{STEPS}" in told, (codes, told[-4000:])
+    assert fault != "tell one" or codes in ([75, 75], [0, 0]) or over, (codes, told[-4000:])
     return {"fault": fault, "what": what, "codes": codes, "from": begun, "seconds": round(seconds, 2)}
 
 

@@ -1,0 +1,97 @@
+"""A save that fails is said and loses nothing; the third in a row ends the run; so does an error of another kind."""
+
+import errno
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from states import ABOUT, names, same, save, state_at
+
+from jaxlm import checkpoint
+from jaxlm.checkpoint import _folder
+
+
+@contextmanager
+def a_full_disk(error: Exception) -> Generator[None]:
+    """Lets saves fail in the background, once the arrays are written; tests/faults lets the system do it, anywhere."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_folder, "commit", fail)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (OSError(errno.EFBIG, "File too large", "some file"), errno.EFBIG, "File too large"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"),
+            errno.ENOSPC,
+            "No space left on device",
+        ),
+        (ValueError("UNKNOWN: Failed to write [OS error 5: EIO Input/output error]"), errno.EIO, "Input/output error"),
+    ],
+    ids=["EFBIG", "ENOSPC", "EIO"],
+)
+def test_a_save_that_finds_no_space_is_said_and_the_next_one_succeeds(
+    error: Exception, code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        checkpoints.save(state_at(1))
+        checkpoints.wait()
+        with a_full_disk(error):
+            checkpoints.save(state_at(2))
+            assert checkpoints.latest == 1
+            assert names(tmp_path) == ["1"]
+            assert capsys.readouterr().err == f"checkpoint 2 was not saved: {text}; the older ones are intact\n"
+            with pytest.raises(OSError, match="checkpoint 2 was not saved") as raised:
+                checkpoints.wait()
+            assert raised.value.errno == code
+            assert same(checkpoints.restore(state_at(0)), state_at(1))
+        checkpoints.save(state_at(3))
+        assert same(checkpoints.restore(state_at(0)), state_at(3))
+    assert names(tmp_path) == ["1", "3"]
+
+
+def test_the_third_failure_in_a_row_is_raised_and_so_is_that_of_the_last_save(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with a_full_disk(OSError(errno.ENOSPC, "")):
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+            for step in (2, 3, 4):
+                checkpoints.save(state_at(step))
+            with pytest.raises(OSError, match="checkpoint 4 was not saved"):
+                checkpoints.save(state_at(5))
+            checkpoints._failed = None
+        with (
+            pytest.raises(OSError, match="checkpoint 6 was not saved"),
+            checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints,
+        ):
+            checkpoints.save(state_at(6))
+    assert names(tmp_path) == ["1"]
+
+
+def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Path) -> None:
+    def run() -> None:
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+            checkpoints.save(state_at(1))
+            raise ZeroDivisionError
+
+    with a_full_disk(OSError(errno.ENOSPC, "")), pytest.raises(ZeroDivisionError):
+        run()
+    save(tmp_path, 2)
+
+
+def test_an_error_of_another_kind_is_raised_at_the_next_call(tmp_path: Path) -> None:
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    with a_full_disk(KeyError("a mistake")):
+        checkpoints.save(state_at(1))
+        with pytest.raises(KeyError, match="a mistake"):
+            checkpoints.wait()
+    checkpoints.save(state_at(2))
+    checkpoints.close()
+    assert names(tmp_path)[-1] == "2"
