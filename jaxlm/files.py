@@ -5,7 +5,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -14,6 +15,9 @@ LOCK: Final = ".lock"
 
 DEEPEST: Final = 100
 """JSON that is nested deeper was written by nobody here, and Python's own limit depends on who calls."""
+
+LARGEST: Final = 2**28
+"""Bytes that a file which is read whole may have: no manifest or vocabulary has nearly as many, and a wrong file may."""
 
 _HELD: dict[tuple[int, Path], tuple[int, int]] = {}
 """The open file of each lock of this process, by the process' id and the folder, and how often it was locked."""
@@ -52,9 +56,41 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else, and is named.
     """
+    return parse_json(read_small(path), str(path))
+
+
+def read_small(path: Path) -> bytes:
+    """The content of a file that is read whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is too large for that.
+    """
     if not path.is_file():  # but perhaps a pipe, which would have nobody to end it
         raise FileNotFoundError(f"{path} is not there, or no file")
-    return parse_json(path.read_bytes(), str(path))
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path} has {size} bytes, more than any such file: is it another one?")
+    return path.read_bytes()
+
+
+def signed(content: Mapping[str, Any]) -> str:
+    """JSON whose last entry is a checksum of the others, for `read_signed`."""
+    return json.dumps({**content, "checksum": f"{zlib.crc32(json.dumps(content).encode()):08x}"}, indent=1)
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON that `signed` has made, without the checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else than was written, and is named.
+    """
+    text = read_small(path)
+    found = parse_json(text, str(path))
+    found.pop("checksum", None)
+    if signed(found).encode() != text:
+        raise ValueError(f"{path} is damaged: it doesn't have the checksum that it says")
+    return found
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:

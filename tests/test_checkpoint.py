@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import ABOUT, MODEL, names, same, save, state_at
 
-from jaxlm import checkpoint, fingerprint, models, sharding
+from jaxlm import checkpoint, files, fingerprint, models, sharding
 from jaxlm.checkpoint import _folder
 
 
@@ -261,7 +261,7 @@ def test_a_leaf_cannot_name_a_file_elsewhere(name: str, tmp_path: Path, capsys: 
     manifest = json.loads(path.read_text())
     manifest["leaves"] = {name: ["float32", [2], "0" * 16]}
     del manifest["checksum"]
-    path.write_text(_folder._dump(manifest))
+    path.write_text(files.signed(manifest))
     with pytest.raises(RuntimeError, match="no checkpoint that is whole"):
         checkpoint.load_params(tmp_path)
     assert "is no name of a leaf" in capsys.readouterr().err
@@ -270,7 +270,7 @@ def test_a_leaf_cannot_name_a_file_elsewhere(name: str, tmp_path: Path, capsys: 
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "1" / _folder.MANIFEST
-    path.write_text(_folder._dump({"format": 99}))
+    path.write_text(files.signed({"format": 99}))
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints, pytest.raises(ValueError, match="of format 99"):
         checkpoints.restore(state_at(0))
 

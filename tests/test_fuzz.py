@@ -21,8 +21,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxlm import checkpoint, data, generate, metrics, models, train
-from jaxlm.checkpoint import _folder
+from jaxlm import checkpoint, data, files, generate, metrics, models, train
 from jaxlm.data import ingest
 
 SECONDS = 20  # for one file; those that are whole take less than one
@@ -173,7 +172,7 @@ def restore(folder: Path) -> None:
 def sign(manifest: Any) -> str:
     if isinstance(manifest, dict):
         manifest.pop("checksum", None)
-        return _folder._dump(manifest)
+        return files.signed(manifest)
     return json.dumps(manifest)
 
 

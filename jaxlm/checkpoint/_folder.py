@@ -56,7 +56,7 @@ def commit(folder: Path, step: int, manifest: Json) -> None:
     """Makes the unfinished checkpoint whole, at once, and after all of it is on the disk."""
     path = unfinished(folder, step)
     checksums = {name: [size, _checksum(path / name, size)] for name, size in _sizes(path).items()}
-    (path / MANIFEST).write_text(_dump({**manifest, "files": checksums}))
+    (path / MANIFEST).write_text(files.signed({**manifest, "files": checksums}))
     for parent, _, names in os.walk(path, topdown=False):
         for name in names:
             files.sync(Path(parent, name))
@@ -76,12 +76,9 @@ def read(folder: Path, step: int) -> Json:
     if path.is_symlink():
         raise DamagedError("its folder is a symbolic link")
     try:
-        text = (path / MANIFEST).read_text()
-        manifest = json.loads(text)
-        if _dump({name: value for name, value in manifest.items() if name != "checksum"}) != text:
-            raise DamagedError(f"{MANIFEST} doesn't have the checksum that it says")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{MANIFEST} can't be read: {type(error).__name__}: {error}") from None
+        manifest = files.read_signed(path / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise DamagedError(str(error)) from None
     if manifest.get("format") != FORMAT:
         raise ValueError(f"checkpoint {step} is of format {manifest.get('format')!r}; this version reads {FORMAT}")
     _check_form(manifest)
@@ -161,11 +158,6 @@ def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
 
 def _checksum(path: Path, size: int) -> str | None:
     return f"{zlib.crc32(path.read_bytes()):08x}" if size <= SMALL else None
-
-
-def _dump(manifest: Json) -> str:
-    """JSON whose last entry is a checksum of the others."""
-    return json.dumps({**manifest, "checksum": f"{zlib.crc32(json.dumps(manifest).encode()):08x}"}, indent=1)
 
 
 def _check_form(manifest: Json) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxlm.data.text import Document
-from jaxlm.data.tokenizers import END, SubwordTokenizer, read_file
+from jaxlm.data.tokenizers import END, SubwordTokenizer
+from jaxlm.files import read_small
 from jaxlm.optional import optional
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -62,8 +63,8 @@ def gpt2_files(folder: str | os.PathLike[str]) -> SubwordTokenizer:
     """
     encoder, merges_file = Path(folder) / "encoder.json", Path(folder) / "vocab.bpe"
     try:
-        ids = cast(dict[str, int], json.loads(read_file(encoder)))
-        lines = read_file(merges_file).decode().splitlines()
+        ids = cast(dict[str, int], json.loads(read_small(encoder)))
+        lines = read_small(merges_file).decode().splitlines()
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         _check_ids(list(ids.values()))
         model = _byte_level(optional("tokenizers").models.BPE(ids, merges), None)
@@ -87,7 +88,7 @@ def rank_file(path: str | os.PathLike[str], pattern: str) -> SubwordTokenizer:
         ValueError: the file isn't such, or a byte has no rank.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_file(Path(path)).splitlines(), 1):
+    for number, line in enumerate(read_small(Path(path)).splitlines(), 1):
         try:
             token, rank = line.split()
             if len(token) > LONGEST:  # each place to cut it is tried, which takes the square of its length

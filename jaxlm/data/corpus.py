@@ -2,12 +2,12 @@
 
 A corpus is a folder:
 
-    manifest.json           tokenizer, counts and SHA-256 of each split
+    manifest.json           tokenizer, counts, and SHA-256 of each split's files
     tokenizer.json          what the tokenizer is, unless its name says all, and a tokenizer_config.json
     train.tokens.bin        the ids of all documents, one after another, uint16 or uint32
     train.offsets.bin       int64, where each document begins, and the end of the last
-    heldout.tokens.bin      the same for the documents that are held out for evaluation
-    heldout.offsets.bin
+    train.checks.bin        uint32, the CRC-32 of each 64 KiB of the ids
+    heldout.*.bin           the same for the documents that are held out for evaluation
 
 It is written under another name and renamed when complete, so a folder with its name is whole: see `ingest`.
 """
@@ -18,17 +18,20 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer, UInt8, UInt32
 
 from jaxlm import files
 from jaxlm.data.tokenizers import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
+BLOCK = 2**16  # bytes of ids that have a checksum
+KINDS = ("tokens", "offsets", "checks")
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -42,7 +45,7 @@ def _is_split(value: Any) -> bool:
         return False
     found = cast(dict[str, Any], value)
     sizes, hashes = [found.get(name) for name in ("documents", "tokens", "bytes")], found.get("sha256")
-    whole = isinstance(hashes, dict) and all(isinstance(hashes.get(kind), str) for kind in ("tokens", "offsets"))
+    whole = isinstance(hashes, dict) and all(isinstance(hashes.get(kind), str) for kind in KINDS)
     return whole and all(map(_is_count, sizes)) and (not sizes[0] or bool(sizes[2]))
 
 
@@ -63,7 +66,7 @@ FORM: dict[str, Callable[[Any], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """One split of a corpus folder, memory-mapped."""
+    """One split of a corpus folder, memory-mapped. What is read of it is held against its checksums first."""
 
     path: Path
     split: Split
@@ -74,20 +77,31 @@ class Corpus:
         return len(self.offsets) - 1
 
     def __getitem__(self, document: int) -> Integer[np.ndarray, " T"]:
-        """The token ids of a document."""
+        """The token ids of a document.
+
+        Raises:
+            IndexError: there is no such document.
+            ValueError: its ids aren't what was written.
+        """
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
-        return self.tokens[self.offsets[document] : self.offsets[document + 1]]
+        bounds = self.offsets[document : document + 2]
+        self.check(bounds[:1], bounds[1:])
+        return self.tokens[slice(*bounds)]
 
     @functools.cached_property
     def tokens(self) -> Integer[np.ndarray, " T"]:
         """The ids of all documents, one after another."""
-        return np.memmap(self.path / f"{self.split}.tokens.bin", np.dtype(self.manifest["dtype"]), "r")
+        return np.memmap(self.file("tokens"), np.dtype(self.manifest["dtype"]), "r")
 
     @functools.cached_property
     def offsets(self) -> Int[np.ndarray, " D"]:
         """Where each document begins in `tokens`, and the end of the last."""
-        return np.memmap(self.path / f"{self.split}.offsets.bin", np.int64, "r")
+        return np.memmap(self.file("offsets"), np.int64, "r")
+
+    def file(self, kind: str) -> Path:
+        """Where ids (`tokens`), `offsets` or `checks` are."""
+        return self.path / f"{self.split}.{kind}.bin"
 
     @property
     def lengths(self) -> Int[np.ndarray, " D"]:
@@ -122,24 +136,67 @@ class Corpus:
         """All documents decoded, one after another."""
         return b"".join(tokenizer.decode(self[i]) for i in range(len(self)))
 
+    def check(self, begins: Int[np.ndarray, " N"], ends: Int[np.ndarray, " N"]) -> None:
+        """Holds all blocks in which these tokens are against their checksums, each once for as long as this is open.
+
+        Args:
+            begins: where ranges of `tokens` begin.
+            ends: where they end, each after its beginning.
+
+        Raises:
+            ValueError: a block isn't what was written; the file and the place in it are named.
+        """
+        size = self.tokens.itemsize
+        first, last = begins * size // BLOCK, (ends * size - 1) // BLOCK
+        span = np.arange(max((last - first).max(initial=0) + 1, 1))
+        blocks = np.minimum(first[:, None] + span, last[:, None])
+        for block in np.unique(blocks[~self._checked[blocks]]):
+            begin = int(block) * BLOCK
+            if zlib.crc32(self._bytes[begin : begin + BLOCK]) != self._checks[block]:
+                raise ValueError(
+                    f"{self.file('tokens')} is damaged somewhere in {BLOCK} bytes from byte {begin} on: their checksum "
+                    "isn't what it was; delete the corpus, write it again"
+                )
+            self._checked[block] = True
+
+    @functools.cached_property
+    def _bytes(self) -> UInt8[np.ndarray, " S"]:
+        return np.asarray(self.tokens).view(np.uint8)
+
+    @functools.cached_property
+    def _checks(self) -> UInt32[np.ndarray, " K"]:
+        return np.fromfile(self.file("checks"), np.uint32)
+
+    @functools.cached_property
+    def _checked(self) -> Bool[np.ndarray, " K"]:
+        return np.zeros(len(self._checks), np.bool_)
+
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's hashes.
 
         Raises:
             ValueError: a file that isn't what was written.
         """
-        for kind in ("tokens", "offsets"):
-            file = self.path / f"{self.split}.{kind}.bin"
-            with open(file, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != self.manifest[self.split]["sha256"][kind]:
-                raise ValueError(
-                    f"{file} is damaged: its SHA-256 is not the manifest's; delete the corpus, write it again"
-                )
+        for kind in KINDS:
+            self.verify_file(kind)
+
+    def verify_file(self, kind: str) -> None:
+        """Reads one of the files and compares it with the manifest's hash.
+
+        Raises:
+            ValueError: it isn't what was written.
+        """
+        with open(self.file(kind), "rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != self.manifest[self.split]["sha256"][kind]:
+            raise ValueError(
+                f"{self.file(kind)} is damaged: its SHA-256 is not the manifest's; delete the corpus, write it again"
+            )
 
 
 def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
-    """Opens a split of a corpus folder. Checks the size of its files, not their content; `Corpus.verify` does.
+    """Opens a split of a corpus folder. Of the ids, which are many, it looks at the number alone, and `Corpus.check` at
+    those that are read.
 
     Raises:
         FileNotFoundError: there is no corpus.
@@ -147,7 +204,7 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
     """
     path = Path(path)
     try:
-        manifest = files.read_json(path / "manifest.json")
+        manifest = files.read_signed(path / "manifest.json")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is not a corpus: it has no manifest.json; make one with write_corpus"
@@ -167,13 +224,16 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
     tokens, documents = manifest[split]["tokens"], manifest[split]["documents"]
     if not documents:
         raise ValueError(f"{path} has no document in its {split} split")
-    for kind, size in (("tokens", np.dtype(manifest["dtype"]).itemsize * tokens), ("offsets", 8 * (documents + 1))):
-        file = path / f"{split}.{kind}.bin"
+    size = np.dtype(manifest["dtype"]).itemsize * tokens
+    corpus = Corpus(path, split, manifest)
+    for kind, size in zip(KINDS, (size, 8 * (documents + 1), 4 * -(-size // BLOCK)), strict=True):
+        file = corpus.file(kind)
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there; delete the corpus, write it again")
         if file.stat().st_size != size:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, not {size}; delete the corpus, write it again")
-    corpus = Corpus(path, split, manifest)
+        if kind != "tokens":
+            corpus.verify_file(kind)
     if corpus.offsets[0] != 0 or corpus.offsets[-1] != tokens or (corpus.lengths <= 0).any():
-        raise ValueError(f"{path / f'{split}.offsets.bin'} is damaged; delete the corpus, write it again")
+        raise ValueError(f"{corpus.file('offsets')} is damaged; delete the corpus, write it again")
     return corpus

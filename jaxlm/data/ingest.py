@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt64
 
 from jaxlm import files
-from jaxlm.data.corpus import FORMAT, SPLITS, Split
+from jaxlm.data.corpus import BLOCK, FORMAT, KINDS, SPLITS, Split
 from jaxlm.data.sources import Shard, UnreadableError
 from jaxlm.data.text import Document, python_library
 from jaxlm.data.tokenizers import Tokenizer, save_tokenizer, write_file
@@ -316,7 +316,7 @@ def _join(folder: Path, parts: list[Path], tokenizer: Tokenizer, heldout: float,
         "dropped": copies if drop_duplicates else 0,
         **splits,
     }
-    write_file(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_file(folder / "manifest.json", files.signed(manifest))
 
 
 def _repeated(parts: list[Path]) -> tuple[int, UInt64[np.ndarray, " R"]]:
@@ -356,14 +356,14 @@ def _chunks(part: Path, dtype: np.dtype[Any]) -> Iterator[tuple[np.ndarray, np.n
 
 
 class _SplitWriter:
-    """Writes the two files of a split, and counts and hashes what goes into them."""
+    """Writes the files of a split, and counts and hashes what goes into them."""
 
     def __init__(self, folder: Path, split: Split, stack: contextlib.ExitStack):
         self._files: dict[str, BinaryIO] = {
-            kind: stack.enter_context((folder / f"{split}.{kind}.bin").open("wb")) for kind in ("tokens", "offsets")
+            kind: stack.enter_context((folder / f"{split}.{kind}.bin").open("wb")) for kind in KINDS
         }
         self._hashes = {kind: hashlib.sha256() for kind in self._files}
-        self._tokens = self._documents = self._bytes = 0
+        self._tokens = self._documents = self._bytes = self._check = self._in_block = 0
         self._write("offsets", np.zeros(1, np.int64))
 
     def add(self, ids: Integer[np.ndarray, " T"], records: np.ndarray) -> None:
@@ -373,8 +373,20 @@ class _SplitWriter:
         self._bytes += int(records["bytes"].sum())
         self._write("tokens", ids)
         self._write("offsets", offsets)
+        data = ids.view(np.uint8)
+        while len(data):
+            some, data = data[: BLOCK - self._in_block], data[BLOCK - self._in_block :]
+            self._check, self._in_block = zlib.crc32(some, self._check), self._in_block + len(some)
+            if self._in_block == BLOCK:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self._write("checks", np.array([self._check], np.uint32))
+        self._check = self._in_block = 0
 
     def finish(self) -> Json:
+        if self._in_block:
+            self._end_block()
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())

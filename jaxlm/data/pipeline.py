@@ -125,7 +125,8 @@ class Batches:
 
         Raises:
             IndexError: `index` isn't below `len(batches)`.
-            ValueError: a corpus holds an id beyond its vocabulary. On a device it would silently be another's.
+            ValueError: a corpus isn't what was written, or holds an id beyond its vocabulary, which on a device would
+                silently be another.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
@@ -136,10 +137,12 @@ class Batches:
         self._fill(tokens, rows.pieces, to)
         vocab = next(iter(self._corpora.values())).vocab
         if tokens.max() >= vocab:
-            paths = [str(corpus.path) for corpus in self._corpora.values()]
+            place = int(np.argmax(tokens.reshape(-1) >= vocab))
+            piece = int(np.flatnonzero((to <= place) & (place < to + rows.pieces["length"]))[0])
+            where = self._where(rows.pieces[piece], place - int(to[piece]))
             raise ValueError(
-                f"batch {index} has the token id {tokens.max()}, beyond the vocabulary of {vocab}: one of the corpora "
-                f"{paths} is damaged: delete it, write it again"
+                f"batch {index} has the token id {tokens.reshape(-1)[place]}, beyond the vocabulary of {vocab}, from "
+                f"{where}; delete that corpus, write it again"
             )
         batch: HostBatch = {"tokens": tokens}
         if self.plan.packed:
@@ -190,9 +193,18 @@ class Batches:
         # Slices of memoryviews cost a third of what those of arrays do, and for short pieces that is all the cost.
         found, corpora = tokens.reshape(-1).data, [corpus.data for corpus in self._tokens]
         begins, ends = pieces["start"], pieces["start"] + pieces["length"]
+        for source, corpus in enumerate(self._corpora.values()):
+            own = pieces["source"] == source
+            corpus.check(begins[own], ends[own])
         columns = (pieces["source"], begins, ends, to, to + pieces["length"])
         for source, begin, end, at, after in zip(*(column.tolist() for column in columns), strict=True):
             found[at:after] = corpora[source][begin:end]
+
+    def _where(self, piece: np.void, after: int) -> str:
+        """Which token a piece has so far after its beginning."""
+        corpus, token = list(self._corpora.values())[piece["source"]], int(piece["start"]) + after
+        document = int(np.searchsorted(corpus.offsets, token, "right")) - 1
+        return f"position {token - corpus.offsets[document]} of document {document} of {corpus.file('tokens')}"
 
     def _augmented(self, tokens: Integer[np.ndarray, "B T"], rows: Rows, index: int) -> tuple[Any, Any]:
         """What the model sees and what it predicts, row by row."""

@@ -17,7 +17,6 @@ from jaxlm import files
 from jaxlm.optional import optional
 
 END = "<|endoftext|>"
-LARGEST_FILE = 2**28  # bytes: no vocabulary is nearly as large, and a damaged or wrong file may be
 
 
 @runtime_checkable
@@ -214,7 +213,7 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     if file.suffix == ".tiktoken":
         raise ValueError(f"tokenizer_of: {file} doesn't tell how text is cut into pieces; use rank_file")
     try:
-        content = read_file(file).decode()
+        content = files.read_small(file).decode()
         found = SubwordTokenizer(content, end_token or _end_beside(file))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
@@ -247,14 +246,3 @@ def _end_beside(file: Path) -> str:
     if not isinstance(content, str | None):
         raise ValueError(f"{config} is damaged: its eos_token is {found!r:.80}")
     return content or END
-
-
-def read_file(path: Path) -> bytes:
-    """The content of a tokenizer's file.
-
-    Raises:
-        ValueError: it is far too large to be one.
-    """
-    if (size := path.stat().st_size) > LARGEST_FILE:
-        raise ValueError(f"{path} has {size} bytes, more than any vocabulary: is it another file?")
-    return path.read_bytes()

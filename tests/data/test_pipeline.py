@@ -277,14 +277,25 @@ def test_batches_are_placed_on_the_devices(corpus_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [258, 2**16 - 1])
-def test_an_id_beyond_the_vocabulary_is_found_in_its_batch(corpus_path: Path, tmp_path: Path, wrong: int) -> None:
+def test_an_id_beyond_the_vocabulary_is_found_in_its_batch(
+    corpus_path: Path, tmp_path: Path, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(corpus_path, tmp_path / "corpus")
     rows = one_pass(corpus_path).plan.batch(2)
-    tokens = np.memmap(tmp_path / "corpus" / "train.tokens.bin", np.uint16, "r+")
-    tokens[rows.pieces["start"][0] + rows.pieces["length"][0] // 2] = wrong
+    corpus = data.open_corpus(tmp_path / "corpus")
+    place = int(rows.pieces["start"][0] + rows.pieces["length"][0] // 2)
+    tokens = np.memmap(corpus.file("tokens"), np.uint16, "r+")
+    tokens[place] = wrong
     tokens.flush()
+    with pytest.raises(ValueError, match="train.tokens.bin is damaged"):
+        one_pass(tmp_path / "corpus")[2]
+    monkeypatch.setattr(data.Corpus, "check", lambda *_: None)  # as if it had been written so
     damaged = one_pass(tmp_path / "corpus")
-    message = f"batch 2 has the token id {wrong}, beyond the vocabulary of 258: .*corpus.* is damaged"
+    document = next(i for i in range(len(corpus)) if corpus.offsets[i] <= place < corpus.offsets[i + 1])
+    message = (
+        f"batch 2 has the token id {wrong}, beyond the vocabulary of 258, from position "
+        f"{place - corpus.offsets[document]} of document {document} of .*corpus/train.tokens.bin; delete that corpus"
+    )
     with pytest.raises(ValueError, match=message):
         damaged[2]
     with iterating(damaged) as iterator:

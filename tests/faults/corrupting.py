@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import checkpoint
+from jaxlm import checkpoint, files
 from jaxlm.checkpoint import _folder
 from jaxlm.tree import named_leaves
 from jaxlm.types import TrainState
@@ -99,7 +99,7 @@ def mutate(path: Path, draw: random.Random) -> None:
     else:
         part[key] = values[choice % len(values)]
     manifest = path.name == _folder.MANIFEST
-    path.write_text(_folder._dump(content) if manifest else json.dumps(content))
+    path.write_text(files.signed(content) if manifest else json.dumps(content))
     return None
 
 

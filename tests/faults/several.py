@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm import checkpoint, distributed, sharding
+from jaxlm import checkpoint, distributed, files, sharding
 from jaxlm.fingerprint import fingerprints
 from jaxlm.types import TrainState
 
@@ -92,7 +92,7 @@ def damaged(path: Path) -> None:
         content = json.loads(manifest.read_text())
         content["files"] = {}  # so that it is only seen when it is loaded
         del content["checksum"]
-        manifest.write_text(checkpoint._folder._dump(content))
+        manifest.write_text(files.signed(content))
     distributed.exchange("damaged")
     with checkpoint.Checkpoints(path, {}) as checkpoints:
         state = checkpoints.restore(state_at(0, mesh))
