@@ -1,12 +1,14 @@
 """Lets the system fail at every call of a save, damages checkpoints in every way, kills runs; counts what comes of it.
 
-Nothing is timed: what counts is that no trial goes wrong. See tests/faults, whose scripts it runs.
+What counts is that no trial goes wrong; of processes that are lost also how soon the others are gone. See tests/faults,
+whose scripts it runs.
 """
 
 import argparse
 import collections
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -85,6 +87,22 @@ def killed(kills: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
         }
 
 
+def lost(trials: int, seed: int) -> Iterator[dict[str, Any]]:
+    """One process of several killed, or hanging: seconds from then, or from the end of patience, until all are gone."""
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
+    for line in lines("lost", f"--trials={trials}", f"--seed={seed}"):
+        seconds[line["fault"]].append(line["seconds"])
+    for fault, found in seconds.items():
+        yield {
+            "fault": fault,
+            "trials": len(found),
+            "outcomes": {"all gone": len(found)},
+            "wrong": [],
+            "median_seconds": statistics.median(found),
+            "slowest_seconds": max(found),
+        }
+
+
 def soaked(said: Iterator[dict[str, Any]], console: Console) -> Iterator[dict[str, Any]]:
     """Runs of two processes under all faults by turns: what became of each kind of fault, and what was kept in all."""
     outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -112,7 +130,7 @@ def soaked(said: Iterator[dict[str, Any]], console: Console) -> Iterator[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("calls", "damage", "kills", "soak"), help="leave the other rows as they are")
+    parser.add_argument("--only", choices=("calls", "damage", "kills", "lost", "soak"), help="leave the other rows as they are")
     parser.add_argument("--kills", type=int, default=250, help="a fifth of them by SIGTERM")
     parser.add_argument("--minutes", type=float, default=30, help="for which two processes suffer everything")
     parser.add_argument("--seed", type=int, default=0)
@@ -126,6 +144,8 @@ def main() -> None:
         results += damage(4 if smoke else 1000, seed, *([] if smoke else ["--each"]))
     if options.only in (None, "kills"):
         results += killed(1 if smoke else options.kills, seed, console)
+    if options.only in (None, "lost"):
+        results += lost(1 if smoke else 50, seed)
     if options.only in (None, "soak") and not smoke:
         results += soaked(lines("soak", f"--minutes={options.minutes}", f"--seed={seed}"), console)
     shown = Table("fault", "trials", "what became of it", "wrong", title=f"Checkpoints under faults, seed {seed}")

@@ -24,7 +24,7 @@ import tyro
 
 from jaxlm import checkpoint, data, distributed, grads, losses, metrics, models, optim, schedules, sharding, train
 from jaxlm.evaluate import compile_eval, evaluate
-from jaxlm.files import read_json, redacted, write_whole
+from jaxlm.files import read_json, redacted, within, write_whole
 from jaxlm.generate import complete
 from jaxlm.nans import first_nan
 from jaxlm.precision import compute_in, product_in
@@ -77,9 +77,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    folder, first, by_first = Path("runs") / config.name, distributed.first(), distributed.by_first
-    if ".." in folder.parts or folder.parts[0] != "runs" or folder == Path("runs"):
-        raise ValueError(f"name is {config.name!r}: it is a folder within runs/, such as 'first' or 'wide/first'")
+    folder, first, by_first = within(Path("runs"), config.name), distributed.first(), distributed.by_first
     config = dataclasses.replace(config, join=None)
     distributed.agree(**dataclasses.asdict(config))
     config, debug = dataclasses.replace(config, debug_nans=None), config.debug_nans
@@ -124,8 +122,10 @@ def main(config: Config) -> None:
     if first:
         print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
         print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices))
-    state = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))()
-    step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), state, batches.specs(by_rows))
+    start = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))
+    step = train.make_step(grad_fn, optimizer, step_key)
+    step = train.compile_step(step, start.eval_shape(), batches.specs(by_rows))
+    state = start()
     eval_fn = compile_eval(grads.parallel_loss(loss_fn, layout, dtype=dtype), state.params, unseen.specs(by_rows))
 
     def bits_per_byte(params: object, count: int) -> float:

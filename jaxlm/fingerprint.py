@@ -45,10 +45,26 @@ def _digits(pair: np.ndarray) -> str:
     return "".join(f"{part:08x}" for part in pair)
 
 
+def copies_agree(tree: Any) -> bool:
+    """Whether what several devices hold is the same on all: each computes its copy itself, and no step compares them.
+
+    The devices compare fingerprints, eight bytes a leaf.
+
+    Args:
+        tree: arrays. All processes must call it, and all get the same answer.
+
+    >>> copies_agree({"a": jnp.zeros(2)})
+    True
+    """
+    differ = [
+        _differ(mesh, tuple(leaf.sharding.spec for leaf in leaves.values()))(tuple(leaves.values()))
+        for mesh, leaves in _of_several(tree).items()
+    ]
+    return not any(map(bool, differ))
+
+
 def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
     """The fingerprints of each part of a leaf that several devices hold, with those of this process's that hold it so.
-
-    There must be one alone, in all processes: each device computes its copy itself, and no step compares them.
 
     Args:
         tree: arrays. All processes must call it.
@@ -56,16 +72,8 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
     >>> copies({"a": jnp.zeros(2)})
     {}
     """
-    leaves: dict[str, Any] = {
-        name: leaf
-        for name, leaf in named_leaves(tree).items()
-        if isinstance(leaf, jax.Array)
-        and isinstance(leaf.sharding, NamedSharding)
-        and len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape)) > leaf.size
-    }
     found: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-    for mesh in dict.fromkeys(leaf.sharding.mesh for leaf in leaves.values()):
-        its = {name: leaf for name, leaf in leaves.items() if leaf.sharding.mesh == mesh}
+    for mesh, its in _of_several(tree).items():
         sums = _sums_on_each(mesh, tuple(leaf.sharding.spec for leaf in its.values()))(tuple(its.values()))
         for shard in sums.addressable_shards:
             device = f"{shard.device} of process {shard.device.process_index}"
@@ -74,6 +82,34 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
                 part = ", ".join(":" if at == slice(None) else f"{at.start}:{at.stop}" for at in own)
                 found[f"{name}[{part}]"][_digits(pair)].append(device)
     return {part: dict(prints) for part, prints in found.items()}
+
+
+def _of_several(tree: Any) -> dict[Mesh, dict[str, Any]]:
+    """The leaves of which some device holds what another does, by their mesh and their name."""
+    found: dict[Mesh, dict[str, Any]] = collections.defaultdict(dict)
+    for name, leaf in named_leaves(tree).items():
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            held = len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            if held > leaf.size:
+                found[leaf.sharding.mesh][name] = leaf
+    return found
+
+
+@functools.lru_cache
+def _differ(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[..., jax.Array]:
+    def own(leaves: tuple[jax.Array, ...]) -> jax.Array:
+        sums: dict[tuple[str, ...], list[jax.Array]] = collections.defaultdict(list)
+        for leaf, spec in zip(leaves, specs, strict=True):
+            divided = {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+            sums[tuple(axis for axis in mesh.axis_names if axis not in divided)].append(_sum(leaf))
+        differ = jnp.zeros((), jnp.uint32)
+        for axes, those in sums.items():
+            each = jnp.stack(those)
+            most = jax.lax.pmax(jnp.stack([each, ~each]), axes)
+            differ |= (most[0] != ~most[1]).any()  # what isn't the same has another smallest than largest
+        return jax.lax.pmax(differ, mesh.axis_names)
+
+    return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False))
 
 
 @functools.lru_cache

@@ -47,7 +47,7 @@ def next_token(
 
     Raises:
         ValueError: a chunk below 1, a negative `z_loss`, a `label_smoothing` outside 0 to 1, or (when traced) a chunk
-            of more tokens than the batch has.
+            of more tokens than the batch has, or tokens that aren't integers.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"next_token: chunk is {chunk}; use 1 or more tokens, or None for all at once")
@@ -59,7 +59,7 @@ def next_token(
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
         del key
-        inputs = batch.get("inputs", batch["tokens"]).astype(jnp.int32)
+        inputs = _ids(batch, "inputs" if "inputs" in batch else "tokens")
         context = {"segments": batch["segments"]} if "segments" in batch else {}
         context |= {"window": batch["window"].value} if "window" in batch else {}
         targets, weights = next_tokens(batch)
@@ -71,6 +71,12 @@ def next_token(
         return loss_sum, Aux(jnp.sum(weights), metrics)
 
     return loss_fn
+
+
+def _ids(batch: Batch, name: str) -> Int[Array, "B T"]:
+    if not jnp.issubdtype(batch[name].dtype, jnp.integer):
+        raise ValueError(f"next_token: {name} are of {batch[name].dtype}, and token ids of an integer type")
+    return jnp.asarray(batch[name], jnp.int32)
 
 
 def _sums(
@@ -161,7 +167,7 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """
     if "segments" in batch and "lengths" in batch:
         raise ValueError("next_tokens: the batch has both segments and lengths; give one of them")
-    tokens = batch["tokens"].astype(jnp.int32)
+    tokens = _ids(batch, "tokens")
     last = tokens.shape[1] - 1
     position = jnp.arange(tokens.shape[1])[None]
     if "segments" in batch:

@@ -3,6 +3,7 @@
 import collections
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm import tree
-from jaxlm.compiled import Compiled, compile_for, donating
+from jaxlm import preflight, tree
+from jaxlm.compiled import Compiled, donating
 from jaxlm.grads import takes_loss_scale
 from jaxlm.optim import loss_scaling, skipped
 from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
@@ -23,8 +24,18 @@ def keep_programs(folder: Path | None = None) -> None:
 
     Args:
         folder: where; None: `xla` in what the environment variable JAXLM_CACHE names, or else in ~/.cache/jaxlm.
+
+    Raises:
+        PermissionError: others can write to it, and so choose what this process runs.
     """
     folder = folder or Path(os.environ.get("JAXLM_CACHE", "~/.cache/jaxlm")).expanduser() / "xla"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"keep_programs: others can write to {folder}, and so choose what this process runs; own it alone "
+            "(`chmod 700`), or name another folder in JAXLM_CACHE"
+        )
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
@@ -101,8 +112,11 @@ def compile_step(
 
     Returns:
         A step that donates the state which it is given, and refuses batches of another shape.
+
+    Raises:
+        MemoryError: it needs more memory than a device has; `preflight.memory` says what takes it, and what would help.
     """
-    return compile_for(step, state, batches, donate=True)
+    return preflight.compile_to_fit(step, state, [*batches])
 
 
 def fit(
@@ -125,18 +139,20 @@ def fit(
     Raises:
         FloatingPointError: that many steps weren't finite, or gradients overflow at the smallest loss scale again and
             again. It names the steps; the batch of step n is that with the index n - 1.
-        ValueError: `patience` is below 1.
+        ValueError: `patience` is below 1, or a batch of NumPy's has integers beyond 32 bits, which JAX would cut off.
     """
     if patience < 1:
         raise ValueError(f"fit: patience is {patience}; use 1 or more")
     run = step if isinstance(step, Compiled) else donating(step, state)
     taken, in_a_row, before = int(state.step), 0, Metrics()
-    for batch in batches:
-        state, metrics = run(state, batch)
-        in_a_row = _check_finite(before, taken, in_a_row, patience)
-        taken, before = taken + 1, metrics
-        yield state, metrics
-    _check_finite(before, taken, in_a_row, patience)
+    with preflight.explained():
+        for batch in batches:
+            tree.check_integers(batch)
+            state, metrics = run(state, batch)
+            in_a_row = _check_finite(before, taken, in_a_row, patience)
+            taken, before = taken + 1, metrics
+            yield state, metrics
+        _check_finite(before, taken, in_a_row, patience)
 
 
 def _check_finite(metrics: Metrics, step: int, in_a_row: int, patience: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 T = TypeVar("T")
 
@@ -51,6 +52,27 @@ def labels(tree: Any, patterns: Mapping[str, T], *, unused: bool = False) -> Any
             f"labels: no leaf takes its value from {sorted(without_leaf)}; the leaves are {list(named_leaves(tree))}"
         )
     return labelled
+
+
+def check_integers(batch: Mapping[str, Any]) -> None:
+    """Refuses what JAX would silently change: of integers it keeps the last 32 bits, unless `jax_enable_x64` is set.
+
+    Args:
+        batch: arrays by name; those that aren't NumPy's are JAX's, where it has happened already.
+
+    Raises:
+        ValueError: a number that doesn't fit; it and its array are named.
+
+    >>> check_integers({"tokens": np.array([5, 2**33 + 5])})
+    Traceback (most recent call last):
+    ValueError: tokens has 8589934597, of which JAX would make 5: it holds integers of 32 bits
+    """
+    config: Any = jax.config
+    for name, x in batch.items():
+        if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not config.jax_enable_x64:
+            kept = x.astype(f"{x.dtype.kind}4")
+            for wrong, made in zip(x[kept != x], kept[kept != x], strict=True):
+                raise ValueError(f"{name} has {wrong}, of which JAX would make {made}: it holds integers of 32 bits")
 
 
 def norm(tree: Any) -> jax.Array:

@@ -43,6 +43,7 @@ WITHIN_A_LAYER = {
     ("generate", "checkpoint"),
     ("report", "metrics"),
     ("range_test", "train"),
+    ("train", "preflight"),
     ("verify", "train"),
     ("verify", "checkpoint"),
     ("grads", "sharding"),

@@ -267,6 +267,20 @@ def test_a_leaf_cannot_name_a_file_elsewhere(name: str, tmp_path: Path, capsys: 
     assert "is no name of a leaf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape", [[2**44], [2**31, 2**31, 2**31], [1000, 2**34], [2**61] * 32])
+def test_parameters_that_no_machine_has_memory_for_are_refused_before_there_is_any(
+    shape: list[int], tmp_path: Path
+) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "1" / _folder.MANIFEST
+    manifest = files.read_signed(path)
+    name = next(name for name in manifest["leaves"] if name.startswith("params/"))
+    manifest["leaves"][name][1] = shape
+    path.write_text(files.signed(manifest))
+    with pytest.raises(RuntimeError, match=r"its parameters have \d+ bytes, and this machine's memory has \d+"):
+        checkpoint.load_params(tmp_path)
+
+
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "1" / _folder.MANIFEST

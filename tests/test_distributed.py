@@ -1,6 +1,9 @@
 """Several real processes on this machine, which run this file: they agree, and none waits for one that is lost."""
 
+import ctypes
+import itertools
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -23,6 +26,7 @@ if __name__ == "__main__":  # the processes import what they need: all of jaxlm 
 from jaxlm import distributed
 
 PATIENCE = 60  # seconds for anything at all
+HANGING = 3  # seconds until a watchdog ends its process
 LEAVING = 10  # seconds from the end of a process to that of the others; 0.2 where two cores do nothing else
 LAUNCHERS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_")
 OPEN_MPI = {
@@ -65,11 +69,16 @@ class Running(NamedTuple):
 
 @contextmanager
 def several(
-    count: int, job: str, folder: Path, *environments: Mapping[str, str], within: Sequence[str] = ()
+    count: int,
+    job: str,
+    folder: Path,
+    *environments: Mapping[str, str],
+    within: Sequence[str] = (),
+    also: Mapping[str, str] | None = None,
 ) -> Generator[list[Running]]:
     """Starts processes that run `job` of this file, as processes of one run or as their environments say."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **(also or {})}
     where = [] if environments else [f"127.0.0.1:{free_port()}", str(count)]
     running: list[Running] = []
     try:
@@ -128,6 +137,41 @@ def job_endless(coordinator: str, processes: str, process: str) -> None:
             sum_of_devices()
             print("a step", flush=True)
             time.sleep(0.05)
+
+
+def job_hanging(coordinator: str, processes: str, process: str) -> None:
+    """The one that the environment names hangs after some steps, as it says."""
+    from jaxlm.watchdog import watching
+
+    number, how = os.environ["HANG"].split(" ", 1)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for step in itertools.count():
+            if step == 5 and process == number and how == "a batch":
+                print("hangs", flush=True)
+                wait_for_nobody()
+            yield {}
+
+    distributed.start((coordinator, int(processes), int(process)))
+    with distributed.leaving_together(), watching(f"stacks-{process}.txt", seconds=HANGING) as watch:
+        for step, _ in enumerate(watch.batches(batches())):
+            if step == 5 and process == number and how != "a batch":
+                print("hangs", flush=True)
+                HANGS[how]()
+            sum_of_devices()
+            print("a step", flush=True)
+
+
+def wait_for_nobody() -> None:
+    queue.Queue[int]().get()
+
+
+HANGS = {
+    "a batch": wait_for_nobody,
+    "sleep": lambda: time.sleep(1000),
+    "Python's lock": lambda: ctypes.PyDLL(None).sleep(1000),
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
 
 
 def job_stopping(coordinator: str, processes: str, process: str) -> None:
@@ -268,6 +312,26 @@ def test_when_a_process_is_stopped_the_others_leave_in_time_and_name_it(
             assert "process 1: process 0 has not answered for 5 s: is it stopped?" in one.stderr
         else:
             assert f"stopped sending heartbeats):\n{victim}\n" in one.stderr
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=() if "lock" in how else pytest.mark.slow) for how in HANGS])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_when_a_process_hangs_all_are_gone_in_time_and_it_is_known_where(
+    how: str, victim: int, tmp_path: Path
+) -> None:
+    with several(2, "hanging", tmp_path, also={"HANG": f"{victim} {how}"}) as running:
+        running[victim].wait_for("hangs")
+        since = time.monotonic()
+        ended = [one.end() for one in running]
+        assert time.monotonic() - since < HANGING + LEAVING
+    one, other = ended[victim], ended[1 - victim]
+    assert one.code in ((-6, -9) if how == "SIGSTOP" else (-6,)), one
+    assert other.code in (-6, 75), other
+    was = "waiting for batch 5" if how == "a batch" else "taking step 6 .*on batch 5"
+    assert re.search(rf"process \d+ made no progress for {HANGING} s, since it was {was}", one.stderr), one
+    if how != "SIGSTOP":
+        stacks = (tmp_path / f"stacks-{victim}.txt").read_text()
+        assert {"a batch": "in wait_for_nobody", "sleep": "in <lambda>", "Python's lock": "in <lambda>"}[how] in stacks
 
 
 @pytest.fixture

@@ -139,6 +139,7 @@ def test_a_bit_that_one_of_several_copies_has_wrong_is_found_and_where(types: An
     alone = {"alone": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, PartitionSpec(("a", "b"))))}
     other = jax.device_put(jnp.ones(3), NamedSharding(jax.make_mesh((8,), ("c",)), PartitionSpec()))
     parts = 1 + 3 * {(): 1, ("b",): 4, (None, "a"): 2}[spec]
+    assert fingerprint.copies_agree(tree | {"other": other} | alone)
     for _ in range(20):
         name, number = rng.choice(list(tree)), rng.integers(8)
         shards = [np.array(shard.data) for shard in tree[name].addressable_shards]
@@ -147,6 +148,7 @@ def test_a_bit_that_one_of_several_copies_has_wrong_is_found_and_where(types: An
         devices = [shard.device for shard in tree[name].addressable_shards]
         arrays = [jax.device_put(x, device) for x, device in zip(shards, devices, strict=True)]
         wrong = jax.make_array_from_single_device_arrays(tree[name].shape, tree[name].sharding, arrays)
+        assert not fingerprint.copies_agree(tree | {name: wrong, "other": other} | alone)
         found = fingerprint.copies(tree | {name: wrong, "other": other} | alone)
         assert len(found) == parts
         (part,) = (part for part, prints in found.items() if len(prints) > 1)

@@ -6,16 +6,19 @@ import dataclasses
 import functools
 import io
 import json
+import pickle
 import resource
 import shutil
 import signal
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
+import numpy as np
 import optax
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -23,10 +26,12 @@ from hypothesis import strategies as st
 
 from jaxlm import checkpoint, data, files, generate, metrics, models, train
 from jaxlm.data import ingest
+from jaxlm.fingerprint import fingerprints
 
 SECONDS = 20  # for one file; those that are whole take less than one
 ROOM = 2**30  # bytes of address space beyond what is there before; the files have some thousands
 BAIT = "/etc/passwd", "../../../../../../../../etc/passwd", "../bait"
+SIGNED = "jaxlm.json", "manifest.json"  # with a checksum of their own
 DEEP = {"@900@": 900, "@100000@": 100_000}  # what JSON is nested so deep that json.dumps couldn't write it
 VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**63, 10**400, -0.5, 1e308, float("inf"), float("nan")]
 VALUES += ["", "a", "\0", "\ud800", "x" * 100_000, [], {}, [[]], [None], {"a": None}, *BAIT, *DEEP]
@@ -166,13 +171,20 @@ def read_checkpoint(folder: Path) -> str:
 
 def restore(folder: Path) -> None:
     with checkpoint.Checkpoints(folder, about()) as checkpoints:
-        checkpoints.restore(state())
+        restored = checkpoints.restore(state())
+    assert restored is None or fingerprints(restored) == fingerprints(state())
+
+
+def make_arrays(folder: Path) -> None:
+    """A checkpoint whose files are held against nothing before Orbax reads them."""
+    make_checkpoint(folder)
+    path = folder / "0" / "jaxlm.json"
+    path.write_text(files.signed({**files.read_signed(path), "files": {}}))
 
 
 def sign(manifest: Any) -> str:
     if isinstance(manifest, dict):
-        manifest.pop("checksum", None)
-        return files.signed(manifest)
+        return files.signed({name: value for name, value in manifest.items() if name != "checksum"})
     return json.dumps(manifest)
 
 
@@ -206,8 +218,8 @@ def make_corpus(tokenizer: Callable[[], data.Tokenizer], folder: Path) -> None:
 
 
 FORMATS = {
-    "corpus of bytes": Format(functools.partial(make_corpus, data.ByteTokenizer), ("corpus/*",), read_corpus),
-    "corpus": Format(functools.partial(make_corpus, subwords), ("corpus/*",), read_corpus),
+    "corpus of bytes": Format(functools.partial(make_corpus, data.ByteTokenizer), ("corpus/*",), read_corpus, sign),
+    "corpus": Format(functools.partial(make_corpus, subwords), ("corpus/*",), read_corpus, sign),
     "parts of a corpus": Format(make_parts, (".corpus.unfinished/*/*",), read_parts, share=0.4),
     "tokenizer": Format(make_tokenizer, ("tokenizer*.json",), read_tokenizer),
     "ranks": Format(make_ranks, ("words.tiktoken",), read_ranks),
@@ -215,6 +227,7 @@ FORMATS = {
     "run": Format(make_run, ("config.json", "*.jsonl"), read_run),
     "report": Format(make_run, ("config.json", "*.jsonl"), read_report, share=0.2),
     "checkpoint": Format(make_checkpoint, ("0/jaxlm.json", "scores.json"), read_checkpoint, sign, share=0.5),
+    "arrays": Format(make_arrays, ("0/_*", "0/params/**/*", "0/rest/**/*"), read_checkpoint, share=0.5),
 }
 opened: list[str] = []  # by this process, while `watching` holds
 watching = False
@@ -256,7 +269,7 @@ def bounded() -> Iterator[None]:
 
 def check(form: Format, path: Path, folder: Path) -> None:
     """Reads them, the file `path` being damaged."""
-    named = path.name, str(path.parent), f"checkpoint {path.parent.name} ", f"{folder} has no model"
+    named = path.name, str(path.parent), "checkpoint 0 is damaged", "checkpoint 0 says", f"{folder} has no model"
     with bounded():
         try:
             said = form.read(folder)
@@ -328,9 +341,9 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 @st.composite
 def damaged(draw: st.DrawFn, name: str, content: bytes, write: Callable[[Any], str]) -> bytes:
     """In either way; of JSON lines one."""
-    if draw(st.integers(0, 2)) == 0 or not name.endswith((".json", ".jsonl")):
+    if draw(st.integers(0, 2)) == 0 or not content.startswith(b"{"):
         return draw(damaged_bytes(content))
-    if name.endswith(".json"):
+    if not name.endswith(".jsonl"):
         return draw(damaged_json(json.loads(content), write))
     lines = content.splitlines(keepends=True)
     i = draw(st.integers(0, len(lines) - 1))
@@ -362,7 +375,7 @@ def fuzz(name: str, folder: Path, examples: int) -> None:
     def each(choose: st.DataObject) -> None:
         path = choose.draw(st.sampled_from(paths))
         content = choose.draw(
-            damaged(path.name, path.read_bytes(), form.signed if path.name == "jaxlm.json" else json.dumps)
+            damaged(path.name, path.read_bytes(), form.signed if path.name in SIGNED else json.dumps)
         )
         target = copied(original, trial) / path.relative_to(original)
         target.write_bytes(content)
@@ -389,3 +402,40 @@ def test_a_sample_of_damage(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_thousand_kinds_of_damage_to_each_format(name: str, tmp_path: Path) -> None:
     fuzz(name, tmp_path, 1000)
+
+
+class Bait:
+    """What leaves a file behind if it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return open, ("ran", "w")
+
+
+def pickled(kind: str) -> bytes:
+    if kind.isdecimal():
+        return pickle.dumps(Bait(), int(kind))
+    packed = io.BytesIO()
+    if kind == ".pt":
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Bait(), 2))
+            archive.writestr("archive/version", "3")
+    else:
+        np.save(packed, np.array([Bait()], object), allow_pickle=True)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["0", "2", "5", ".pt", ".npy"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_is_ever_unpickled(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind.isdecimal():  # so that it is a bait
+        pickle.loads(pickled(kind)).close()
+        Path("ran").unlink()
+    form, original = FORMATS[name], tmp_path / "original"
+    original.mkdir()
+    form.make(original)
+    for path in {path for pattern in form.files for path in original.glob(pattern) if path.is_file()}:
+        target = copied(original, tmp_path / "trial") / path.relative_to(original)
+        target.write_bytes(pickled(kind))
+        check(form, target, tmp_path / "trial")
+    assert not list(tmp_path.rglob("ran"))

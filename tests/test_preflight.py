@@ -10,8 +10,8 @@ import pytest
 
 from jaxlm import grads, losses, models, optim, precision, preflight, sharding, train
 from jaxlm.compiled import donating
-from jaxlm.preflight._memory import _limit
-from jaxlm.types import Batch, Step, TrainState
+from jaxlm.preflight import _memory
+from jaxlm.types import Batch, Metrics, Step, TrainState
 
 KEY = jax.random.key(0)
 L, D, ROWS, LENGTH = 3, 32, 32, 32
@@ -221,7 +221,42 @@ def test_other_errors_of_the_compiler_are_raised(monkeypatch: pytest.MonkeyPatch
 )
 def test_limits_are_the_device_s_own_or_known(kind: str, stats: Any, limit: int | None):
     device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats)
-    assert _limit(device) == limit
+    assert _memory._limit(device) == limit
+
+
+@pytest.mark.parametrize("limit", [100, 10**4])
+def test_a_step_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+):
+    step, state, batch = make()
+    needs = preflight.memory(step, state, [batch]).total
+    monkeypatch.setattr(_memory, "_limit", lambda _: needs)
+    train.compile_step(step, state, [batch])
+    monkeypatch.setattr(_memory, "_limit", lambda _: needs - limit)
+    with pytest.raises(MemoryError, match=r"(?s)more memory than there is:\n.*optimizer state.*does not fit.*would save"):
+        train.compile_step(step, state, [batch])
+
+
+def test_a_step_that_a_compiler_refuses_for_its_memory_is_explained(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 17G of 16G hbm\nmore")
+
+    step, state, batch = make()
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    with pytest.raises(MemoryError, match=r"(?s)Used 17G of 16G hbm.*would save"):
+        train.compile_step(step, state, [batch])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_that_is_full_at_a_step_is_explained(compiled: bool):
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        much = jnp.sort(jnp.cumsum(jnp.broadcast_to(state.params.sum(), (2**44,))))  # 64 TiB
+        return TrainState(state.step + 1, state.params + much[7], state.opt_state), {"loss": much[5]}
+
+    state, batch = TrainState(jnp.zeros((), jnp.int32), jnp.ones(8), ()), {"tokens": jnp.zeros((2, 2), jnp.int32)}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as caught:
+        list(train.fit(train.compile_step(step, state, [batch]) if compiled else step, state, [batch]))
+    assert "preflight.memory(step, state, batches) says" in caught.value.__notes__[0]
 
 
 def test_a_compiled_step_and_no_batch_are_refused():

@@ -195,6 +195,12 @@ def test_one_core_computes_the_same_bits(straight: Path, text: Path, tmp_path: P
     assert (tmp_path / "runs/pretrain/metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
+OUTSIDE = ["", ".", "..", "/", "/elsewhere", "../elsewhere", "a/..", "a/../..", "a/../../b", "./../b", "a/./b", "a//b"]
+OUTSIDE += ["a/", "/a/", "//a", "~", "~/a", "$HOME/a", "a\0b", "a\nb", "a b", "a\\..\\b", "..\\b", "C:\\b", "C:b"]
+OUTSIDE += ["\u2024\u2024/a", "\uff0e\uff0e/a", "..\uff0fa", "a/.hidden", ".hidden", "-rf", "%2e%2e/a", "file:///a"]
+OUTSIDE += ["s3://a/b", "link", "link/a", "a" * 300, "/".join("abcdefghijkl")]
+
+
 def test_a_run_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location("pretrain_alone", SCRIPT)
@@ -203,10 +209,15 @@ def test_a_run_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pretrain = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, pretrain)
     spec.loader.exec_module(pretrain)
-    for name in ("..", "../elsewhere", "a/../../b", "/elsewhere", "", "."):
-        with pytest.raises(ValueError, match="it is a folder within runs/"):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    for name in OUTSIDE:
+        with pytest.raises(ValueError, match="must be a folder within runs"):
             pretrain.main(pretrain.Config(name=name))
-    assert not any(tmp_path.iterdir())
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "runs"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"link"}
 
 
 def test_a_nan_is_found_by_the_number_of_its_step_alone(text: Path, tmp_path: Path) -> None:

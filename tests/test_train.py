@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxlm.losses import next_token
 from jaxlm.models import functional
 from jaxlm.optim import skip_nonfinite
 from jaxlm.sharding import by_rows, lay_out, mesh, replicated
-from jaxlm.train import LossSpikeError, compile_step, fit, make_step, start, stop_at_spikes
+from jaxlm.train import LossSpikeError, compile_step, fit, keep_programs, make_step, start, stop_at_spikes
 from jaxlm.types import Aux, Batch, Params, TrainState
 
 KEY = jax.random.key(0)
@@ -329,3 +330,27 @@ def test_a_loss_far_above_the_last_ones_is_a_spike_and_is_named():
 def test_spikes_of_nothing_are_refused(options: dict[str, Any]):
     with pytest.raises(ValueError, match="use above 0, 2 or more"):
         next(stop_at_spikes(outcomes([]), 0, **options))
+
+
+def test_compiled_programs_are_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "new"))
+    for _ in range(2):
+        keep_programs()
+    assert told["jax_compilation_cache_dir"] == str(tmp_path / "new" / "xla")
+    assert (tmp_path / "new" / "xla").stat().st_mode & 0o777 == 0o700
+    for mode, refused in {0o700: False, 0o755: False, 0o775: True, 0o707: True, 0o777: True}.items():
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        told.clear()
+        if refused:
+            with pytest.raises(PermissionError, match=rf"others can write to .*/{mode:o}, .*`chmod 700`"):
+                keep_programs(folder)
+            assert not told
+        else:
+            keep_programs(folder)
+    monkeypatch.setattr("os.getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="others can write to"):
+        keep_programs(tmp_path / "700")

@@ -17,7 +17,7 @@ from jaxlm import distributed, files
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import Json
 from jaxlm.checkpoint._reading import causes, check, check_copies, load, none_whole, or_damage, report, report_damage
-from jaxlm.fingerprint import begin_fingerprints, copies, read_fingerprints
+from jaxlm.fingerprint import begin_fingerprints, copies_agree, read_fingerprints
 from jaxlm.tree import named_leaves, nbytes
 from jaxlm.types import TrainState
 
@@ -245,7 +245,7 @@ class Checkpoints:
                     _, damage = or_damage(check, manifest, loaded)
                     if damage is None:
                         self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
-                        copies(loaded)  # compiles now what would hold up the first save
+                        copies_agree(loaded)  # compiles now what would hold up the first save
                         return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
             report_damage(step, damage)
@@ -254,7 +254,7 @@ class Checkpoints:
             raise RuntimeError(none_whole(self._folder, names))
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
             begin_fingerprints(parts)  # as above
-            copies(parts)
+            copies_agree(parts)
         return None
 
     def rewind(self, step: int) -> int:

@@ -167,7 +167,8 @@ def _check_form(manifest: Json) -> None:
         return (
             isinstance(value, list)
             and [type(part) for part in cast(list[Any], value)] == [str, list, str]
-            and all(type(size) is int and size >= 0 for size in value[1])
+            and len(value[1]) <= 32
+            and all(type(size) is int and 0 <= size < 2**62 for size in value[1])
         )
 
     def file(value: Any) -> bool:

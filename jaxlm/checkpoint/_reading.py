@@ -15,7 +15,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxlm import distributed
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import DamagedError, Json
-from jaxlm.fingerprint import copies, fingerprints
+from jaxlm.fingerprint import copies, copies_agree, fingerprints
+from jaxlm.tree import nbytes
 from jaxlm.types import Params
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tupl
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        RuntimeError: there are some, but none that isn't damaged.
+        RuntimeError: there are some, but none that isn't damaged; or the parameters need more memory than there is.
     """
     folder = Path(folder).absolute()
     steps = [found for found in reversed(_folder.whole(folder)) if step in (None, found)]
@@ -42,7 +43,9 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tupl
     for found in steps:
         try:
             manifest = _folder.read(folder, found)
-            loaded = load(folder / str(found), _nested(manifest["leaves"], sharding))
+            like = _nested(manifest["leaves"], sharding)
+            _check_room(found, like)
+            loaded = load(folder / str(found), like)
             check(manifest, loaded)
             return loaded["params"], manifest["about"]
         except DamagedError as damage:
@@ -66,6 +69,15 @@ def _nested(leaves: Json, sharding: jax.sharding.Sharding) -> Json:
             except (TypeError, AttributeError) as error:
                 raise DamagedError(f"{name} can't be a leaf: {error}") from None
     return like
+
+
+def _check_room(step: int, like: Json) -> None:
+    needs, has = nbytes(like), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needs > has:
+        raise RuntimeError(
+            f"checkpoint {step} says that its parameters have {needs} bytes, and this machine's memory has {has}; "
+            "load them where there is more, if that is what they should have"
+        )
 
 
 def or_damage(work: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
@@ -114,6 +126,8 @@ def check(manifest: Json, loaded: Json) -> None:
 
 def check_copies(step: int, parts: Json) -> None:
     """That what several devices hold is the same on all. All processes must call it."""
+    if copies_agree(parts):
+        return
     having: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for said in distributed.exchange(copies(parts)):
         for part, prints in said.items():

@@ -264,6 +264,8 @@ def _count(manifest: Json, kind: str, name: str) -> None:
 def _checked(ids: Integer[np.ndarray, " T"], tokenizer: Tokenizer, name: str) -> Integer[np.ndarray, " T"]:
     if not len(ids):
         raise ValueError(f"write_corpus: the tokenizer {tokenizer.name!r} gave no ids for {name!r}")
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"write_corpus: the tokenizer {tokenizer.name!r} gave ids of {ids.dtype} for {name!r}")
     if ids.min() < 0 or ids.max() >= tokenizer.vocab:
         wrong = ids[(ids < 0) | (ids >= tokenizer.vocab)][0]
         raise ValueError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
-from jaxlm.data.text import Document
+from jaxlm.data.text import LARGEST, Document
 from jaxlm.files import redacted
 from jaxlm.optional import optional
 
@@ -44,7 +44,7 @@ class Reader(NamedTuple):
     suffixes: tuple[str, ...]
     """How the names of its files end, without `.gz` and `.zst`, which are unpacked first."""
     read: Callable[[Stream, str], Iterator[Document]]
-    """From an open file and its name to its documents."""
+    """From an open file and its name to its documents. What is packed may hold far more than its size says."""
 
 
 def plain_text(suffixes: Iterable[str] = (".txt", ".md", ".py")) -> Reader:
@@ -225,11 +225,18 @@ def _unpacked(stream: Stream, name: str) -> Stream:
 
 
 def _read_text(stream: Stream, name: str) -> Iterator[Document]:
-    yield Document(name, stream.read())
+    text = bytearray()
+    while block := stream.read(2**20):
+        text += block
+        if len(text) > LARGEST:
+            raise ValueError(f"it has more than the {LARGEST} bytes of a document; cut it into several")
+    yield Document(name, bytes(text))
 
 
 def _read_json_lines(field: str, stream: Stream, name: str) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(LARGEST + 1), b""), 1):
+        if len(line) > LARGEST:
+            raise ValueError(f"line {number} has more than the {LARGEST} bytes of a document; cut it into several")
         if not line.strip():
             continue
         try:

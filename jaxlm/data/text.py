@@ -4,9 +4,12 @@ import os
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from jaxlm.files import redacted
+
+LARGEST: Final = 2**30
+"""Bytes that a document may have, for each is in memory whole: what unpacks to more is none."""
 
 
 class Document(NamedTuple):
@@ -31,7 +34,7 @@ def text_files(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no file has one of the suffixes.
+        ValueError: no file has one of the suffixes; or at its turn, a file of more than 1 GiB.
     """
     given, folder, suffixes = os.fspath(folder), Path(folder), tuple(suffixes)
     if not folder.is_dir():
@@ -44,7 +47,13 @@ def text_files(
     if not found:
         raise ValueError(f"{folder} has no text: no file in it ends in one of {suffixes}")
     names = sorted(file.relative_to(folder) for file in found)
-    return (Document(name.as_posix(), (folder / name).read_bytes()) for name in names)
+    return (Document(name.as_posix(), _content(folder / name)) for name in names)
+
+
+def _content(file: Path) -> bytes:
+    if (size := file.stat().st_size) > LARGEST:
+        raise ValueError(f"{file} has {size} bytes, and a document {LARGEST} at most; cut it into several files")
+    return file.read_bytes()
 
 
 def python_library() -> Iterator[Document]:

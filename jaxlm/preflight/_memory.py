@@ -1,17 +1,21 @@
 """What a training step needs of each device's memory, before it runs, and what would make it less."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import tree
-from jaxlm.compiled import Compiled, donating
+from jaxlm.compiled import Compiled, compile_for, donating
 from jaxlm.preflight._traced import Arrays, find, per_device, shard
 from jaxlm.types import Batch, Step, TrainState
+
+FULL: Final = "RESOURCE_EXHAUSTED"
+"""In XLA's errors for want of memory."""
 
 MEMORY: Final = {
     "NVIDIA A100-SXM4-40GB": 40 * 2**30,
@@ -109,12 +113,11 @@ def memory(
         try:
             program = traced.lower().compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if FULL not in str(error):
                 raise
             programs.append((math.inf, batch, traced, None, str(error).partition("\n")[0]))
         else:
-            held = program.argument_size_in_bytes + program.output_size_in_bytes - program.alias_size_in_bytes
-            programs.append((held + program.temp_size_in_bytes, batch, traced, program, ""))
+            programs.append((_held(program), batch, traced, program, ""))
     if not programs:
         raise ValueError("preflight.memory: no batches; give one of each shape")
     held, batch, traced, program, refused = max(programs, key=lambda item: item[0])
@@ -133,7 +136,7 @@ def memory(
     temporaries = program.temp_size_in_bytes if program else sum(parts.values())
     parts["other"] = max(0, temporaries - sum(parts.values()))
     if program:
-        nbytes["results, padding"] = max(0, int(held) - sum(nbytes.values()) - temporaries)
+        nbytes["results, padding"] = max(0, int(held) - temporaries - sum(nbytes.values()))
     nbytes["temporaries"] = temporaries
     least = sum(nbytes.values()) // 100
     knobs = [k for k in _knobs(found, parts["gradients"], temporaries, state, batch) if k.saves > least]
@@ -147,6 +150,44 @@ def memory(
         sorted(knobs, key=lambda k: -k.saves),
         refused,
     )
+
+
+def compile_to_fit(step: Step, state: TrainState, batches: Sequence[Batch]) -> Compiled:
+    """Compiles a step for each shape of batch, as long as the devices' memory is enough.
+
+    Raises:
+        MemoryError: it isn't; what the step holds is said, and what would make it less.
+    """
+    limit = _limit(_device(state))
+    try:
+        compiled = compile_for(step, state, batches, donate=True)
+        programs: Iterable[Any] = compiled.programs.values()
+        if limit is None or all(_held(program.memory_analysis()) <= limit for program in programs):
+            return compiled
+    except jax.errors.JaxRuntimeError as error:
+        if FULL not in str(error):
+            raise
+    raise MemoryError(f"the step needs more memory than there is:\n{memory(step, state, batches, limit=limit)}")
+
+
+@contextlib.contextmanager
+def explained() -> Generator[None]:
+    """Adds to an error for want of a device's memory how to find what takes it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if FULL in str(error):
+            error.add_note(
+                "A device's memory is full. preflight.memory(step, state, batches) says what a step holds of it, and "
+                "what would make that less"
+            )
+        raise
+
+
+def _held(program: Any) -> int:
+    """Bytes of a compiled program, by its account of its memory."""
+    held = program.argument_size_in_bytes + program.output_size_in_bytes - program.alias_size_in_bytes
+    return held + program.temp_size_in_bytes
 
 
 def _knobs(found: Arrays, gradients: int, temporaries: int, state: TrainState, batch: Batch) -> Iterator[Knob]:

@@ -9,6 +9,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm import tree
+
 MODEL: Final = "model"
 """The axis that matrices are divided over by rules, as Megatron-LM does (https://arxiv.org/abs/1909.08053)."""
 
@@ -112,7 +114,11 @@ def place(batch: Mapping[str, Any], rows: NamedSharding) -> dict[str, Any]:
     Args:
         batch: this process' share of it (`share`): arrays whose first axis are rows, and what is static.
         rows: what `by_rows` makes.
+
+    Raises:
+        ValueError: integers beyond 32 bits, which JAX would cut off.
     """
+    tree.check_integers(batch)
     parts, of = share(rows)
 
     def put(x: np.ndarray) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from jaxlm import data
+from jaxlm.data import sources
 from jaxlm.data.sources import Reader
 
 TEXTS = ["A first text.", "", "Zwei\nZeilen ž 馬 \U0001f600", "three\r\n\x00\u2028", "last"]
@@ -305,3 +306,32 @@ def test_a_reader_of_ones_own_reads_any_format(tmp_path: Path) -> None:
             yield data.Document(name, line.rstrip().partition(b",")[2])
 
     assert texts(data.shards(tmp_path, [Reader((".csv",), read)])) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst", "a.txt", "a.jsonl"])
+def test_what_unpacks_to_more_than_a_document_may_have_is_refused_before_it_is_in_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LARGEST", 2**21)
+    pack = {".gz": gzip.compress, ".zst": zstd}.get(name[name.rindex(".") :], bytes)
+
+    def shard(size: int) -> data.Shard:
+        text = b"a" * size if ".txt" in name else b'{"text": "' + b"a" * (size - 13) + b'"}\n'
+        (tmp_path / name).write_bytes(pack(text))
+        (found,) = data.shards(tmp_path)
+        return found
+
+    (document,) = shard(2**21).open()
+    assert set(document.text) == {ord("a")}
+    small, large = shard(2**21 + 1), 2**27
+    with pytest.raises(data.UnreadableError, match="has more than the 2097152 bytes of a document; cut it"):
+        list(small.open())
+    bomb = shard(large)
+    assert bomb.size < large / 500 or pack is bytes
+    tracemalloc.start()
+    try:
+        with pytest.raises(data.UnreadableError, match="has more than the 2097152 bytes"):
+            list(bomb.open())
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()

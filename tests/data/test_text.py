@@ -91,3 +91,13 @@ def test_each_python_has_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         paths |= {data.python_library_corpus(tmp_path / "cache", data.ByteTokenizer())}
     assert len(paths) == 2
     assert {data.open_corpus(path).manifest["documents"] for path in paths} == {100}
+
+
+def test_a_file_that_is_no_document_for_its_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "b.txt").open("wb") as file:
+        file.truncate(2**30 + 1)  # of nothing
+    (tmp_path / "a.txt").write_bytes(b"fine")
+    documents = data.text_files(tmp_path)
+    assert next(documents).text == b"fine"
+    with pytest.raises(ValueError, match=r"b.txt has 1073741825 bytes, and a document 1073741824 at most; cut it"):
+        next(documents)
