@@ -130,7 +130,9 @@ def soaked(said: Iterator[dict[str, Any]], console: Console) -> Iterator[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("calls", "damage", "kills", "lost", "soak"), help="leave the other rows as they are")
+    parser.add_argument(
+        "--only", choices=("calls", "damage", "kills", "lost", "soak"), help="leave the other rows as they are"
+    )
     parser.add_argument("--kills", type=int, default=250, help="a fifth of them by SIGTERM")
     parser.add_argument("--minutes", type=float, default=30, help="for which two processes suffer everything")
     parser.add_argument("--seed", type=int, default=0)

@@ -86,7 +86,7 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
 
 def _of_several(tree: Any) -> dict[Mesh, dict[str, Any]]:
     """The leaves of which some device holds what another does, by their mesh and their name."""
-    found: dict[Mesh, dict[str, Any]] = collections.defaultdict(dict)
+    found: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
     for name, leaf in named_leaves(tree).items():
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
             held = len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape))

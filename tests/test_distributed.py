@@ -316,9 +316,7 @@ def test_when_a_process_is_stopped_the_others_leave_in_time_and_name_it(
 
 @pytest.mark.parametrize("how", [pytest.param(how, marks=() if "lock" in how else pytest.mark.slow) for how in HANGS])
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_when_a_process_hangs_all_are_gone_in_time_and_it_is_known_where(
-    how: str, victim: int, tmp_path: Path
-) -> None:
+def test_when_a_process_hangs_all_are_gone_in_time_and_it_is_known_where(how: str, victim: int, tmp_path: Path) -> None:
     with several(2, "hanging", tmp_path, also={"HANG": f"{victim} {how}"}) as running:
         running[victim].wait_for("hangs")
         since = time.monotonic()

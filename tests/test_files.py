@@ -35,16 +35,14 @@ def test_a_file_that_is_too_large_to_be_read_whole_is_refused_before_it_is_read(
 
 
 @pytest.mark.parametrize("change", [lambda text: text.replace("1", "2"), lambda text: text + " ", str.strip, str.upper])
-def test_what_is_signed_is_read_as_it_was_written_or_not_at_all(
-    change: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_what_is_signed_is_read_as_it_was_written_or_not_at_all(change: Callable[[str], str], tmp_path: Path) -> None:
     content = {"a": [1, 2.5, None, "\ud800 ž"], "b": {"c": True}}
     path = tmp_path / "x.json"
     path.write_text(text := files.signed(content))
     assert files.read_signed(path) == content
     path.write_text(change(text))
     if change(text) != text:
-        with pytest.raises(ValueError, match="x.json is damaged"):
+        with pytest.raises(ValueError, match=r"x.json is damaged"):
             files.read_signed(path)
 
 

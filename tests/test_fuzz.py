@@ -375,9 +375,7 @@ def fuzz(name: str, folder: Path, examples: int) -> None:
     @given(st.data())
     def each(choose: st.DataObject) -> None:
         path = choose.draw(st.sampled_from(paths))
-        content = choose.draw(
-            damaged(path.name, path.read_bytes(), form.signed if path.name in SIGNED else json.dumps)
-        )
+        content = choose.draw(damaged(path.name, path.read_bytes(), form.signed if path.name in SIGNED else json.dumps))
         target = copied(original, trial) / path.relative_to(original)
         target.write_bytes(content)
         check(form, target, trial)

@@ -233,7 +233,9 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused_with_what_would_
     monkeypatch.setattr(_memory, "_limit", lambda _: needs)
     train.compile_step(step, state, [batch])
     monkeypatch.setattr(_memory, "_limit", lambda _: needs - limit)
-    with pytest.raises(MemoryError, match=r"(?s)more memory than there is:\n.*optimizer state.*does not fit.*would save"):
+    with pytest.raises(
+        MemoryError, match=r"(?s)more memory than there is:\n.*optimizer state.*does not fit.*would save"
+    ):
         train.compile_step(step, state, [batch])
 
 

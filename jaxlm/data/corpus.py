@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer, UInt8, UInt32
+from jaxtyping import Bool, Int, Integer, UInt32
 
 from jaxlm import files
 from jaxlm.data.tokenizers import Tokenizer
@@ -160,8 +160,8 @@ class Corpus:
             self._checked[block] = True
 
     @functools.cached_property
-    def _bytes(self) -> UInt8[np.ndarray, " S"]:
-        return np.asarray(self.tokens).view(np.uint8)
+    def _bytes(self) -> memoryview:
+        return np.asarray(self.tokens).view(np.uint8).data
 
     @functools.cached_property
     def _checks(self) -> UInt32[np.ndarray, " K"]:

@@ -375,7 +375,7 @@ class _SplitWriter:
         self._bytes += int(records["bytes"].sum())
         self._write("tokens", ids)
         self._write("offsets", offsets)
-        data = ids.view(np.uint8)
+        data = ids.view(np.uint8).data
         while len(data):
             some, data = data[: BLOCK - self._in_block], data[BLOCK - self._in_block :]
             self._check, self._in_block = zlib.crc32(some, self._check), self._in_block + len(some)

@@ -212,9 +212,9 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
         )
     if file.suffix == ".tiktoken":
         raise ValueError(f"tokenizer_of: {file} doesn't tell how text is cut into pieces; use rank_file")
+    content = files.read_small(file)
     try:
-        content = files.read_small(file).decode()
-        found = SubwordTokenizer(content, end_token or _end_beside(file))
+        found = SubwordTokenizer(content.decode(), end_token or _end_beside(file))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if wanted not in (None, found.name):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +161,8 @@ def compile_to_fit(step: Step, state: TrainState, batches: Sequence[Batch]) -> C
     limit = _limit(_device(state))
     try:
         compiled = compile_for(step, state, batches, donate=True)
-        programs: Iterable[Any] = compiled.programs.values()
-        if limit is None or all(_held(program.memory_analysis()) <= limit for program in programs):
+        programs = [cast(Any, program).memory_analysis() for program in compiled.programs.values()]
+        if limit is None or all(_held(program) <= limit for program in programs):
             return compiled
     except jax.errors.JaxRuntimeError as error:
         if FULL not in str(error):

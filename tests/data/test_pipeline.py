@@ -287,7 +287,7 @@ def test_an_id_beyond_the_vocabulary_is_found_in_its_batch(
     tokens = np.memmap(corpus.file("tokens"), np.uint16, "r+")
     tokens[place] = wrong
     tokens.flush()
-    with pytest.raises(ValueError, match="train.tokens.bin is damaged"):
+    with pytest.raises(ValueError, match=r"train.tokens.bin is damaged"):
         one_pass(tmp_path / "corpus")[2]
     monkeypatch.setattr(data.Corpus, "check", lambda *_: None)  # as if it had been written so
     damaged = one_pass(tmp_path / "corpus")

@@ -130,7 +130,14 @@ def attempt(run: Run, rng: random.Random | None) -> dict[str, Any]:
         allowed |= {-signal.SIGTERM, -signal.SIGABRT}
     assert set(codes) <= allowed, (fault, what, codes, told[-4000:])
     assert fault != "tell one" or codes in ([75, 75], [0, 0]) or over, (codes, told[-4000:])
-    return {"fault": fault, "what": what, "codes": codes, "from": begun, "seconds": round(seconds, 2), "leaving": round(ended_at - hit, 2)}
+    return {
+        "fault": fault,
+        "what": what,
+        "codes": codes,
+        "from": begun,
+        "seconds": round(seconds, 2),
+        "leaving": round(ended_at - hit, 2),
+    }
 
 
 def main(minutes: float, seed: int, folder: Path) -> None:
