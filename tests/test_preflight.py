@@ -252,6 +252,7 @@ def test_a_step_that_a_compiler_refuses_for_its_memory_is_explained(monkeypatch:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_memory_that_is_full_at_a_step_is_explained(compiled: bool):
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        del batch
         much = jnp.sort(jnp.cumsum(jnp.broadcast_to(state.params.sum(), (2**44,))))  # 64 TiB
         return TrainState(state.step + 1, state.params + much[7], state.opt_state), {"loss": much[5]}
 
