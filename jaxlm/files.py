@@ -17,6 +17,7 @@ DEEPEST: Final = 100
 """JSON that is nested deeper was written by nobody here, and Python's own limit depends on who calls."""
 
 NAME: Final = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,9}")
+"""What `within` takes: no part of it begins with a dot, and none is empty."""
 
 LARGEST: Final = 2**28
 """Bytes that a file may have which is read whole: no manifest or vocabulary has nearly as many, another file may."""

@@ -161,8 +161,8 @@ def compile_to_fit(step: Step, state: TrainState, batches: Sequence[Batch]) -> C
     limit = _limit(_device(state))
     try:
         compiled = compile_for(step, state, batches, donate=True)
-        programs = [cast(Any, program).memory_analysis() for program in compiled.programs.values()]
-        if limit is None or all(_held(program) <= limit for program in programs):
+        programs = cast(Iterable[Any], compiled.programs.values())
+        if limit is None or all(_held(program.memory_analysis()) <= limit for program in programs):
             return compiled
     except jax.errors.JaxRuntimeError as error:
         if FULL not in str(error):
