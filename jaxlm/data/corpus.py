@@ -148,10 +148,11 @@ class Corpus:
         """
         size = self.tokens.itemsize
         first, last = begins * size // BLOCK, (ends * size - 1) // BLOCK
-        span = np.arange(max((last - first).max(initial=0) + 1, 1))
-        blocks = np.minimum(first[:, None] + span, last[:, None])
-        for block in np.unique(blocks[~self._checked[blocks]]):
-            begin = int(block) * BLOCK
+        blocks = first
+        if (first < last).any():
+            blocks = np.minimum(first[:, None] + np.arange((last - first).max() + 1), last[:, None])
+        for block in sorted(set(blocks[~self._checked[blocks]].tolist())):
+            begin = block * BLOCK
             if zlib.crc32(self._bytes[begin : begin + BLOCK]) != self._checks[block]:
                 raise ValueError(
                     f"{self.file('tokens')} is damaged somewhere in {BLOCK} bytes from byte {begin} on: their checksum "

@@ -194,7 +194,7 @@ class Batches:
         found, corpora = tokens.reshape(-1).data, [corpus.data for corpus in self._tokens]
         begins, ends = pieces["start"], pieces["start"] + pieces["length"]
         for source, corpus in enumerate(self._corpora.values()):
-            own = pieces["source"] == source
+            own = pieces["source"] == source if len(corpora) > 1 else slice(None)
             corpus.check(begins[own], ends[own])
         columns = (pieces["source"], begins, ends, to, to + pieces["length"])
         for source, begin, end, at, after in zip(*(column.tolist() for column in columns), strict=True):
