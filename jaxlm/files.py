@@ -16,17 +16,17 @@ LOCK: Final = ".lock"
 DEEPEST: Final = 100
 """JSON that is nested deeper was written by nobody here, and Python's own limit depends on who calls."""
 
-NAME: Final = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99}){0,9}")
+NAME: Final = re.compile(r"\w[\w.=+,-]{0,99}(/\w[\w.=+,-]{0,99}){0,9}")
 """What `within` takes: no part of it begins with a dot, and none is empty."""
 
-LARGEST: Final = 2**28
+LARGEST: Final = 2**27
 """Bytes that a file may have which is read whole: no manifest or vocabulary has nearly as many, another file may."""
 
 _HELD: dict[tuple[int, Path], tuple[int, int]] = {}
 """The open file of each lock of this process, by the process' id and the folder, and how often it was locked."""
 
 SECRETS: Final = (
-    re.compile(r"(:/{1,2})[^/\s\"']+(?=@)"),  # a path has one slash of the two
+    re.compile(r"(://)[^/\s\"']+(?=@)"),
     re.compile(r"([?&][^=&\s\"']*(?:key|token|secret|sig|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE),
 )
 """Of URLs: users and passwords, and parameters that stand for them."""
@@ -47,14 +47,17 @@ def within(folder: Path, name: str) -> Path:
     """The path of that name, such as `first` or `wide/first`, in a folder.
 
     Raises:
-        ValueError: the name leads elsewhere, be it by a symbolic link, or isn't of letters, digits, `.`, `-` and `_`.
+        ValueError: the name leads elsewhere, be it by a symbolic link, or has other characters than it may.
 
     >>> within(Path("runs"), "../first")
     Traceback (most recent call last):
-    ValueError: '../first' must be a folder within runs, such as 'first' or 'wide/first'
+    ValueError: '../first' must be a folder within runs, no link out, of letters, digits and _.=+,- as in 'wide/lr=3e-4'
     """
     if NAME.fullmatch(name) is None or not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{redacted(name)!r:.300} must be a folder within {folder}, such as 'first' or 'wide/first'")
+        raise ValueError(
+            f"{redacted(name)!r:.300} must be a folder within {folder}, no link out, of letters, digits and "
+            "_.=+,- as in 'wide/lr=3e-4'"
+        )
     return folder / name
 
 

@@ -48,7 +48,7 @@ def _digits(pair: np.ndarray) -> str:
 def copies_agree(tree: Any) -> bool:
     """Whether what several devices hold is the same on all: each computes its copy itself, and no step compares them.
 
-    The devices compare fingerprints, eight bytes a leaf.
+    The devices compare fingerprints, sixteen bytes a leaf.
 
     Args:
         tree: arrays. All processes must call it, and all get the same answer.
@@ -105,8 +105,8 @@ def _differ(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[..., jax.A
         differ = jnp.zeros((), jnp.uint32)
         for axes, those in sums.items():
             each = jnp.stack(those)
-            most = jax.lax.pmax(jnp.stack([each, ~each]), axes)
-            differ |= (most[0] != ~most[1]).any()  # what isn't the same has another smallest than largest
+            largest = jax.lax.pmax(jnp.stack([each, ~each]), axes)
+            differ |= (largest[0] != ~largest[1]).any()  # which is the smallest
         return jax.lax.pmax(differ, mesh.axis_names)
 
     return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False))

@@ -3,7 +3,7 @@
 import collections
 import math
 import os
-import stat
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,20 +22,25 @@ from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 def keep_programs(folder: Path | None = None) -> None:
     """Keeps what is compiled in a folder, so that another run needn't compile the same program again.
 
+    Nobody else may write to it, for whoever can chooses what this process runs. If it is another user's, or can't be
+    made, nothing is kept, and a warning says so.
+
     Args:
         folder: where; None: `xla` in what the environment variable JAXLM_CACHE names, or else in ~/.cache/jaxlm.
-
-    Raises:
-        PermissionError: others can write to it, and so choose what this process runs.
     """
     folder = folder or Path(os.environ.get("JAXLM_CACHE", "~/.cache/jaxlm")).expanduser() / "xla"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"keep_programs: others can write to {folder}, and so choose what this process runs; own it alone "
-            "(`chmod 700`), or name another folder in JAXLM_CACHE"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
+            raise PermissionError("it is another user's")
+        if found.st_mode & 0o022:
+            folder.chmod(found.st_mode & 0o755)
+    except OSError as error:
+        warnings.warn(
+            f"compiled programs are not kept in {folder} ({error}); name another folder in JAXLM_CACHE", stacklevel=2
         )
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

@@ -70,9 +70,11 @@ def check_integers(batch: Mapping[str, Any]) -> None:
     config: Any = jax.config
     for name, x in batch.items():
         if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not config.jax_enable_x64:
-            kept = x.astype(f"{x.dtype.kind}4")
-            for wrong, made in zip(x[kept != x], kept[kept != x], strict=True):
-                raise ValueError(f"{name} has {wrong}, of which JAX would make {made}: it holds integers of 32 bits")
+            kept = x.astype(f"{x.dtype.kind}4").reshape(-1)
+            wrong = np.flatnonzero(kept != x.reshape(-1))
+            if wrong.size:
+                number, made = x.reshape(-1)[wrong[0]], kept[wrong[0]]
+                raise ValueError(f"{name} has {number}, of which JAX would make {made}: it holds integers of 32 bits")
 
 
 def norm(tree: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from states import ABOUT, MODEL, names, same, save, state_at
 
 from jaxlm import checkpoint, files, fingerprint, models, sharding
-from jaxlm.checkpoint import _folder
+from jaxlm.checkpoint import _folder, _reading
 
 
 def test_restores_the_newest_bit_for_bit_and_keeps_as_many_as_asked(tmp_path: Path) -> None:
@@ -71,6 +71,14 @@ def test_restores_onto_any_mesh_and_stage_of_zero(zero: int, devices: int, tmp_p
         restored = checkpoints.restore(jax.device_put(state, here))
     assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), restored, here))
     assert same(jax.device_get(restored), jax.device_get(state))
+
+
+def test_copies_that_differ_but_for_a_moment_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_reading, "copies_agree", lambda _: False)
+    errs = pytest.raises(RuntimeError, match="a moment later did not: one errs now and then. Nothing was saved")
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints, errs:
+        checkpoints.save(jax.device_put(state_at(1), sharding.replicated(sharding.mesh())))
+    assert not names(tmp_path)
 
 
 def test_a_state_of_which_one_device_has_another_copy_is_not_saved(tmp_path: Path) -> None:

@@ -153,13 +153,15 @@ def job_hanging(coordinator: str, processes: str, process: str) -> None:
             yield {}
 
     distributed.start((coordinator, int(processes), int(process)))
-    with distributed.leaving_together(), watching(f"stacks-{process}.txt", seconds=HANGING) as watch:
-        for step, _ in enumerate(watch.batches(batches())):
-            if step == 5 and process == number and how != "a batch":
-                print("hangs", flush=True)
-                HANGS[how]()
-            sum_of_devices()
-            print("a step", flush=True)
+    seconds = HANGING if process == number else PATIENCE
+    with distributed.leaving_together():
+        sum_of_devices()  # the first time connects them
+        with watching(f"stacks-{process}.txt", seconds=seconds) as watch:
+            for step, _ in enumerate(watch.batches(batches())):
+                if step == 5 and process == number and how != "a batch":
+                    print("hangs", flush=True)
+                    HANGS[how]()
+                sum_of_devices()
 
 
 def wait_for_nobody() -> None:

@@ -69,7 +69,7 @@ def test_ids_of_other_types_are_refused_without_a_checker_of_types() -> None:
 
 CONFIG = models.TransformerConfig(vocab=300, layers=1, width=8, heads=2)
 INIT, APPLY = models.transformer(CONFIG)
-OPTIMIZER = optax.sgd(0.1)
+OPTIMIZER, KEY = optax.sgd(0.1), jax.random.key(0)
 
 
 def losses_after(tokens: np.ndarray, how: str) -> float:
@@ -83,6 +83,15 @@ def losses_after(tokens: np.ndarray, how: str) -> float:
         step = train.compile_step(step, state, [{"tokens": jax.ShapeDtypeStruct(tokens.shape, np.int32)}])
     (_, _), (_, metrics) = [(s.step, m) for s, m in train.fit(step, state, [batch, batch])]
     return float(metrics["loss"])
+
+
+@pytest.mark.parametrize("name", ["tokens", "inputs"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in OTHERS if dtype not in ("object", "str")])
+def test_tokens_of_other_types_are_refused_when_a_step_is_traced(dtype: str, name: str) -> None:
+    shape = jax.ShapeDtypeStruct((1, 4), np.int32)
+    batch = {"tokens": shape, "inputs": shape, name: jax.ShapeDtypeStruct((1, 4), jnp.dtype(dtype))}
+    with pytest.raises(ValueError, match=f"next_token: {name} are of .*, and token ids of an integer type"):
+        jax.eval_shape(losses.next_token(APPLY), jax.eval_shape(INIT, KEY), batch, KEY)
 
 
 @pytest.mark.parametrize("how", ["on the host", "placed", "compiled"])

@@ -34,16 +34,15 @@ def test_a_file_that_is_too_large_to_be_read_whole_is_refused_before_it_is_read(
             read(tmp_path / "manifest.json")
 
 
-@pytest.mark.parametrize("change", [lambda text: text.replace("1", "2"), lambda text: text + " ", str.strip, str.upper])
+@pytest.mark.parametrize("change", [lambda text: text.replace("1", "2"), lambda text: text + " ", str.upper])
 def test_what_is_signed_is_read_as_it_was_written_or_not_at_all(change: Callable[[str], str], tmp_path: Path) -> None:
     content = {"a": [1, 2.5, None, "\ud800 ž"], "b": {"c": True}}
     path = tmp_path / "x.json"
     path.write_text(text := files.signed(content))
     assert files.read_signed(path) == content
     path.write_text(change(text))
-    if change(text) != text:
-        with pytest.raises(ValueError, match=r"x.json is damaged"):
-            files.read_signed(path)
+    with pytest.raises(ValueError, match=r"x.json is damaged"):
+        files.read_signed(path)
 
 
 def test_a_second_process_is_refused_in_a_second_and_told_who_holds_it(tmp_path: Path) -> None:

@@ -230,13 +230,30 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused_with_what_would_
 ):
     step, state, batch = make()
     needs = preflight.memory(step, state, [batch]).total
-    monkeypatch.setattr(_memory, "_limit", lambda _: needs)
+    monkeypatch.setattr(_memory, "_own_limit", lambda _: needs)
     train.compile_step(step, state, [batch])
-    monkeypatch.setattr(_memory, "_limit", lambda _: needs - limit)
+    monkeypatch.setattr(_memory, "_own_limit", lambda _: needs - limit)
     with pytest.raises(
-        MemoryError, match=r"(?s)more memory than there is:\n.*optimizer state.*does not fit.*would save"
+        MemoryError, match=r"(?s)not enough memory for the step\n.*optimizer state.*does not fit.*would save"
     ):
         train.compile_step(step, state, [batch])
+
+
+def test_a_device_without_an_account_of_its_memory_refuses_nothing(monkeypatch: pytest.MonkeyPatch):
+    step, state, batch = make()
+    monkeypatch.setattr(_memory, "_own_limit", lambda _: 1)
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda _: None)
+    train.compile_step(step, state, [batch])
+
+
+def test_a_step_on_other_things_than_tokens_is_refused_without_a_table(monkeypatch: pytest.MonkeyPatch):
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return state, {"loss": batch["pixels"].sum()}
+
+    monkeypatch.setattr(_memory, "_own_limit", lambda _: 1)
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.ones(8), ())
+    with pytest.raises(MemoryError, match="not enough memory for the step$"):
+        train.compile_step(step, state, [{"pixels": jnp.ones((2, 2))}])
 
 
 def test_a_step_that_a_compiler_refuses_for_its_memory_is_explained(monkeypatch: pytest.MonkeyPatch):
@@ -253,7 +270,7 @@ def test_a_step_that_a_compiler_refuses_for_its_memory_is_explained(monkeypatch:
 def test_memory_that_is_full_at_a_step_is_explained(compiled: bool):
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         del batch
-        much = jnp.sort(jnp.cumsum(jnp.broadcast_to(state.params.sum(), (2**44,))))  # 64 TiB
+        much = jnp.sort(jnp.cumsum(jnp.broadcast_to(state.params.sum(), (2**46,))))  # 256 TiB, beyond any address
         return TrainState(state.step + 1, state.params + much[7], state.opt_state), {"loss": much[5]}
 
     state, batch = TrainState(jnp.zeros((), jnp.int32), jnp.ones(8), ()), {"tokens": jnp.zeros((2, 2), jnp.int32)}

@@ -140,6 +140,10 @@ def check_copies(step: int, parts: Json) -> None:
                 f"save: at step {step} {part} on {', '.join(fewest[:4])} isn't what it is on {sum(map(len, others))} "
                 "other devices. Nothing was saved: leave out what errs, and go on from the checkpoint before"
             )
+    raise RuntimeError(
+        f"save: at step {step} devices differed in what several of them hold, and a moment later did not: one errs now "
+        "and then. Nothing was saved: find it (a test of the hardware), and go on from the checkpoint before"
+    )
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

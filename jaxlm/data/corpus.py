@@ -205,7 +205,8 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
     """
     path = Path(path)
     try:
-        manifest = files.read_signed(path / "manifest.json")
+        if (manifest := files.read_json(path / "manifest.json")).get("format") == FORMAT:
+            manifest = files.read_signed(path / "manifest.json")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} is not a corpus: it has no manifest.json; make one with write_corpus"
@@ -214,7 +215,7 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
         raise ValueError(f"{error}; delete the corpus, write it again") from None
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{path / 'manifest.json'} is not of format {FORMAT}; write the corpus again with this version"
+            f"{path / 'manifest.json'} is not of format {FORMAT}; delete the corpus, write it again with this version"
         )
     for name, fits in FORM.items():
         value = manifest.get(name)
@@ -225,9 +226,8 @@ def open_corpus(path: str | os.PathLike[str], split: Split = "train") -> Corpus:
     tokens, documents = manifest[split]["tokens"], manifest[split]["documents"]
     if not documents:
         raise ValueError(f"{path} has no document in its {split} split")
-    size = np.dtype(manifest["dtype"]).itemsize * tokens
-    corpus = Corpus(path, split, manifest)
-    for kind, size in zip(KINDS, (size, 8 * (documents + 1), 4 * -(-size // BLOCK)), strict=True):
+    corpus, ids = Corpus(path, split, manifest), np.dtype(manifest["dtype"]).itemsize * tokens
+    for kind, size in zip(KINDS, (ids, 8 * (documents + 1), 4 * -(-ids // BLOCK)), strict=True):
         file = corpus.file(kind)
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there; delete the corpus, write it again")

@@ -124,7 +124,7 @@ def write_corpus(
 
 def python_library_corpus(cache: str | os.PathLike[str], tokenizer: Tokenizer) -> Path:
     """The corpus of `python_library`, written into a cache folder if it isn't there yet. Versions have their own."""
-    name = f"python-{platform.python_version()}-{tokenizer.name}"
+    name = f"python-{platform.python_version()}-{tokenizer.name}-{FORMAT}"
     return cached_corpus(Path(cache) / name, python_library, tokenizer)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
-from jaxlm.data.text import LARGEST, Document
+from jaxlm.data.text import LARGEST_DOCUMENT, Document
 from jaxlm.files import redacted
 from jaxlm.optional import optional
 
@@ -228,15 +228,17 @@ def _read_text(stream: Stream, name: str) -> Iterator[Document]:
     text = bytearray()
     while block := stream.read(2**20):
         text += block
-        if len(text) > LARGEST:
-            raise ValueError(f"it has more than the {LARGEST} bytes of a document; cut it into several")
+        if len(text) > LARGEST_DOCUMENT:
+            raise ValueError(f"it is longer than the {LARGEST_DOCUMENT} bytes of a document; cut it up")
     yield Document(name, bytes(text))
 
 
 def _read_json_lines(field: str, stream: Stream, name: str) -> Iterator[Document]:
-    for number, line in enumerate(iter(lambda: stream.readline(LARGEST + 1), b""), 1):
-        if len(line) > LARGEST:
-            raise ValueError(f"line {number} has more than the {LARGEST} bytes of a document; cut it into several")
+    # What fsspec opens may have a readline that takes no size.
+    lines = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
+    for number, line in enumerate(iter(lambda: lines.readline(LARGEST_DOCUMENT + 1), b""), 1):
+        if len(line) > LARGEST_DOCUMENT:
+            raise ValueError(f"line {number} is longer than the {LARGEST_DOCUMENT} bytes of a document; cut it up")
         if not line.strip():
             continue
         try:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from jaxlm.files import redacted
 
-LARGEST: Final = 2**30
+LARGEST_DOCUMENT: Final = 2**30
 """Bytes that a document may have, for each is in memory whole: what unpacks to more is none."""
 
 
@@ -51,8 +51,10 @@ def text_files(
 
 
 def _content(file: Path) -> bytes:
-    if (size := file.stat().st_size) > LARGEST:
-        raise ValueError(f"{file} has {size} bytes, and a document {LARGEST} at most; cut it into several files")
+    if (size := file.stat().st_size) > LARGEST_DOCUMENT:
+        raise ValueError(
+            f"{file} has {size} bytes, and a document {LARGEST_DOCUMENT} at most; cut it into several files"
+        )
     return file.read_bytes()
 
 

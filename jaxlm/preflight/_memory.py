@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from jaxlm import tree
+from jaxlm import distributed, tree
 from jaxlm.compiled import Compiled, compile_for, donating
 from jaxlm.preflight._traced import Arrays, find, per_device, shard
 from jaxlm.types import Batch, Step, TrainState
@@ -140,7 +140,7 @@ def memory(
     nbytes["temporaries"] = temporaries
     least = sum(nbytes.values()) // 100
     knobs = [k for k in _knobs(found, parts["gradients"], temporaries, state, batch) if k.saves > least]
-    device = _device(state)
+    device = _devices(state)[0]
     shape = " x ".join(map(str, batch["tokens"].shape))
     return Memory(
         f"on each {device.device_kind}, for a batch of {shape} tokens",
@@ -158,16 +158,22 @@ def compile_to_fit(step: Step, state: TrainState, batches: Sequence[Batch]) -> C
     Raises:
         MemoryError: it isn't; what the step holds is said, and what would make it less.
     """
-    limit = _limit(_device(state))
+    own = [device for device in _devices(state) if device.process_index == jax.process_index()]
+    limit = min(filter(None, map(_own_limit, own)), default=None)
+    compiled, full, refused = None, False, None
     try:
         compiled = compile_for(step, state, batches, donate=True)
-        programs = cast(Iterable[Any], compiled.programs.values())
-        if limit is None or all(_held(program.memory_analysis()) <= limit for program in programs):
-            return compiled
+        if limit is not None:
+            accounts = [cast(Any, program).memory_analysis() for program in compiled.programs.values()]
+            full = any(account is not None and _held(account) > limit for account in accounts)
     except jax.errors.JaxRuntimeError as error:
         if FULL not in str(error):
             raise
-    raise MemoryError(f"the step needs more memory than there is:\n{memory(step, state, batches, limit=limit)}")
+        full, refused = True, error
+    if compiled and not any(distributed.exchange(full)):  # or else all refuse it
+        return compiled
+    told = f"\n{memory(step, state, batches, limit=limit)}" if all("tokens" in batch for batch in batches) else ""
+    raise MemoryError(f"there is not enough memory for the step{told}") from refused
 
 
 @contextlib.contextmanager
@@ -237,15 +243,19 @@ def _share(params: Any) -> float:
     return 0.0 if mesh is None else 1 - 1 / mesh.shape.get("data", 1)
 
 
-def _device(state: Any) -> Any:
+def _devices(state: Any) -> list[Any]:
     shardings = [x.sharding for x in jax.tree.leaves(state) if getattr(x, "sharding", None) is not None]
-    return min(shardings[0].device_set, key=lambda device: device.id) if shardings else jax.devices()[0]
+    return sorted(shardings[0].device_set, key=lambda device: device.id) if shardings else jax.devices()[:1]
 
 
 def _limit(device: Any) -> int | None:
-    try:
-        stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # it isn't here
-        stats = {}
     known = next((MEMORY[kind] for kind in MEMORY if device.device_kind.startswith(kind)), None)
-    return stats.get("bytes_limit", known)
+    return _own_limit(device) or known
+
+
+def _own_limit(device: Any) -> int | None:
+    """What a device says that it has."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # it isn't here
+        return None

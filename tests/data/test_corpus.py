@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import json
 import math
 import resource
 import shutil
@@ -241,7 +242,7 @@ def lengthen(file: Path) -> None:
 
 
 def another_format(file: Path) -> None:
-    file.write_text(signed({**read_signed(file), "format": 0}))
+    file.write_text(json.dumps({**read_signed(file), "format": 1}))
 
 
 def another_vocabulary(file: Path) -> None:

@@ -1,6 +1,7 @@
 """Sources: each format against what was put into it, and damage is named with its file and line."""
 
 import gzip
+import io
 import itertools
 import json
 import os
@@ -312,7 +313,7 @@ def test_a_reader_of_ones_own_reads_any_format(tmp_path: Path) -> None:
 def test_what_unpacks_to_more_than_a_document_may_have_is_refused_before_it_is_in_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "LARGEST", 2**21)
+    monkeypatch.setattr(sources, "LARGEST_DOCUMENT", 2**21)
     pack = {".gz": gzip.compress, ".zst": zstd}.get(name[name.rindex(".") :], bytes)
 
     def shard(size: int) -> data.Shard:
@@ -324,14 +325,35 @@ def test_what_unpacks_to_more_than_a_document_may_have_is_refused_before_it_is_i
     (document,) = shard(2**21).open()
     assert set(document.text) == {ord("a")}
     small, large = shard(2**21 + 1), 2**27
-    with pytest.raises(data.UnreadableError, match="has more than the 2097152 bytes of a document; cut it"):
+    with pytest.raises(data.UnreadableError, match="is longer than the 2097152 bytes of a document; cut it"):
         list(small.open())
     bomb = shard(large)
     assert bomb.size < large / 500 or pack is bytes
     tracemalloc.start()
     try:
-        with pytest.raises(data.UnreadableError, match="has more than the 2097152 bytes"):
+        with pytest.raises(data.UnreadableError, match="is longer than the 2097152 bytes"):
             list(bomb.open())
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
+
+
+class Remote(io.RawIOBase):
+    """What some file systems of fsspec's open: its `readline` takes no size."""
+
+    def __init__(self, content: bytes):
+        self.content = io.BytesIO(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self.content.readinto(buffer)
+
+    def readline(self) -> bytes:  # type: ignore[override]
+        return self.content.readline()
+
+
+def test_lines_are_read_from_files_whose_readline_takes_no_size() -> None:
+    read = data.json_lines().read(Remote(json_lines(TEXTS)), "a.jsonl")
+    assert [document.text.decode() for document in read] == TEXTS
