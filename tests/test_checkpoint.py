@@ -75,7 +75,7 @@ def test_restores_onto_any_mesh_and_stage_of_zero(zero: int, devices: int, tmp_p
 
 def test_copies_that_differ_but_for_a_moment_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_reading, "copies_agree", lambda _: False)
-    errs = pytest.raises(RuntimeError, match="a moment later did not: one errs now and then. Nothing was saved")
+    errs = pytest.raises(RuntimeError, match=r"a moment later did not: one errs now and then. Nothing was saved")
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints, errs:
         checkpoints.save(jax.device_put(state_at(1), sharding.replicated(sharding.mesh())))
     assert not names(tmp_path)

@@ -252,7 +252,7 @@ def test_a_step_on_other_things_than_tokens_is_refused_without_a_table(monkeypat
 
     monkeypatch.setattr(_memory, "_own_limit", lambda _: 1)
     state = TrainState(jnp.zeros((), jnp.int32), jnp.ones(8), ())
-    with pytest.raises(MemoryError, match="not enough memory for the step$"):
+    with pytest.raises(MemoryError, match=r"not enough memory for the step$"):
         train.compile_step(step, state, [{"pixels": jnp.ones((2, 2))}])
 
 
