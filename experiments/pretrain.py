@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     saved = checkpoint.Checkpoints(
         folder / "checkpoints", about, keep=2 + bool(config.spikes) * SPIKE // config.save_every
     )
-    with saved as checkpoints, distributed.stop_signals() as stop:
+    with distributed.stop_signals() as stop, saved as checkpoints:
         if debug is not None:
             state = checkpoints.restore(state, until=debug - 1) or state
             for i in range(int(state.step), debug - 1):

@@ -266,7 +266,7 @@ def _gone(process: int) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Generator[Callable[[], bool]]:
-    """Holds back SIGINT (Ctrl-C) and SIGTERM, so that a loop can stop between two steps.
+    """Holds back SIGINT (Ctrl-C) and SIGTERM, so that a loop can stop between two steps. Stands around `Checkpoints`.
 
     In a run of several processes a signal to any of them stops all before the same step, a second or two later.
 

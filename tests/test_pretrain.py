@@ -102,6 +102,30 @@ def test_interrupted_and_run_again_writes_the_same_metrics_and_compiles_nothing_
     assert "Compiling" not in output[begun:ended]
 
 
+# SIGTERM while the last checkpoint is being written.
+SIGTERM_AT_THE_END = """
+import os, runpy, signal, sys, time
+from jaxlm.checkpoint import _folder
+def commit(folder, step, manifest, commit=_folder.commit):
+    if step == 30:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    commit(folder, step, manifest)
+_folder.commit = commit
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_signal_during_the_last_save_loses_nothing(text: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-c", SIGTERM_AT_THE_END, str(SCRIPT)]
+    command = [*program, "--text", str(text), *SMALL, "--steps=30"]
+    cache = os.environ | {"JAXLM_CACHE": str(SCRIPT.parents[1] / ".cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=cache, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/pretrain/checkpoints/30").exists()
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(straight: Path, text: Path, tmp_path: Path) -> None:
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
