@@ -365,7 +365,7 @@ class _SplitWriter:
             kind: stack.enter_context((folder / f"{split}.{kind}.bin").open("wb")) for kind in KINDS
         }
         self._hashes = {kind: hashlib.sha256() for kind in self._files}
-        self._tokens = self._documents = self._bytes = self._check = self._in_block = 0
+        self._tokens = self._documents = self._bytes = self._check = 0
         self._write("offsets", np.zeros(1, np.int64))
 
     def add(self, ids: Integer[np.ndarray, " T"], records: np.ndarray) -> None:
@@ -373,21 +373,21 @@ class _SplitWriter:
         self._tokens += len(ids)
         self._documents += len(records)
         self._bytes += int(records["bytes"].sum())
+        data, room = ids.view(np.uint8).data, BLOCK - self._files["tokens"].tell() % BLOCK
+        while len(data) >= room:
+            self._check = zlib.crc32(data[:room], self._check)
+            self._end_block()
+            data, room = data[room:], BLOCK
+        self._check = zlib.crc32(data, self._check)
         self._write("tokens", ids)
         self._write("offsets", offsets)
-        data = ids.view(np.uint8).data
-        while len(data):
-            some, data = data[: BLOCK - self._in_block], data[BLOCK - self._in_block :]
-            self._check, self._in_block = zlib.crc32(some, self._check), self._in_block + len(some)
-            if self._in_block == BLOCK:
-                self._end_block()
 
     def _end_block(self) -> None:
         self._write("checks", np.array([self._check], np.uint32))
-        self._check = self._in_block = 0
+        self._check = 0
 
     def finish(self) -> Json:
-        if self._in_block:
+        if self._files["tokens"].tell() % BLOCK:
             self._end_block()
         for file in self._files.values():
             file.flush()

@@ -138,11 +138,9 @@ class Batches:
         vocab = next(iter(self._corpora.values())).vocab
         if tokens.max() >= vocab:
             place = int(np.argmax(tokens.reshape(-1) >= vocab))
-            piece = int(np.flatnonzero((to <= place) & (place < to + rows.pieces["length"]))[0])
-            where = self._where(rows.pieces[piece], place - int(to[piece]))
             raise ValueError(
                 f"batch {index} has the token id {tokens.reshape(-1)[place]}, beyond the vocabulary of {vocab}, from "
-                f"{where}; delete that corpus, write it again"
+                f"{self._where(rows.pieces, to, place)}; delete that corpus, write it again"
             )
         batch: HostBatch = {"tokens": tokens}
         if self.plan.packed:
@@ -200,9 +198,10 @@ class Batches:
         for source, begin, end, at, after in zip(*(column.tolist() for column in columns), strict=True):
             found[at:after] = corpora[source][begin:end]
 
-    def _where(self, piece: np.void, after: int) -> str:
-        """Which token a piece has so far after its beginning."""
-        corpus, token = list(self._corpora.values())[piece["source"]], int(piece["start"]) + after
+    def _where(self, pieces: Pieces, to: Int[np.ndarray, " P"], place: int) -> str:
+        """Where a corpus has what is at a place among the batch's positions."""
+        i = int(np.flatnonzero((to <= place) & (place < to + pieces["length"]))[0])
+        corpus, token = list(self._corpora.values())[pieces["source"][i]], int(pieces["start"][i]) + place - int(to[i])
         document = int(np.searchsorted(corpus.offsets, token, "right")) - 1
         return f"position {token - corpus.offsets[document]} of document {document} of {corpus.file('tokens')}"
 

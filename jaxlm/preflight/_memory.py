@@ -136,7 +136,7 @@ def memory(
     temporaries = program.temp_size_in_bytes if program else sum(parts.values())
     parts["other"] = max(0, temporaries - sum(parts.values()))
     if program:
-        nbytes["results, padding"] = max(0, int(held) - temporaries - sum(nbytes.values()))
+        nbytes["results, padding"] = max(0, int(held) - sum(nbytes.values()) - temporaries)
     nbytes["temporaries"] = temporaries
     least = sum(nbytes.values()) // 100
     knobs = [k for k in _knobs(found, parts["gradients"], temporaries, state, batch) if k.saves > least]

@@ -109,18 +109,15 @@ def attempt(run: Run, rng: random.Random | None) -> dict[str, Any]:
     ended = run.until(lambda: len(run.starts()) > starts)
     begun, after = run.starts()[-1], 0 if rng is None else rng.randrange(1, STEPS // 4)
     ended = ended or run.until(lambda: run.steps() <= begun)  # what it takes again is no longer in the record
-    training = hit = time.monotonic()
+    training = time.monotonic()
     if not ended and rng is not None and not run.until(lambda: run.steps() >= begun + after, WHOLE):
         several = len(_folder.whole(run.folder / "checkpoints")) > 1
         fault = rng.choice([f for f in FAULTS if several or f != "damage"])
-        hit = time.monotonic()
         what = suffer(run, fault, rng)
         if fault == "fill" and not run.until(lambda: False, rng.uniform(0, 5)):
-            hit = time.monotonic()
             run.kill(signal.SIGTERM, 0)  # it has gone on meanwhile
     codes = run.codes(PATIENCE if fault else WHOLE)
-    ended_at = time.monotonic()
-    seconds, told = ended_at - training, run.told.read_bytes()[size:].decode(errors="replace")
+    seconds, told = time.monotonic() - training, run.told.read_bytes()[size:].decode(errors="replace")
     assert fault or codes == [0, 0], (codes, told[-4000:])
     allowed = {0, 75, -signal.SIGKILL}
     allowed |= {1} if fault == "fill" and "No space left" in told else set()
@@ -130,14 +127,7 @@ def attempt(run: Run, rng: random.Random | None) -> dict[str, Any]:
         allowed |= {-signal.SIGTERM, -signal.SIGABRT}
     assert set(codes) <= allowed, (fault, what, codes, told[-4000:])
     assert fault != "tell one" or codes in ([75, 75], [0, 0]) or over, (codes, told[-4000:])
-    return {
-        "fault": fault,
-        "what": what,
-        "codes": codes,
-        "from": begun,
-        "seconds": round(seconds, 2),
-        "leaving": round(ended_at - hit, 2),
-    }
+    return {"fault": fault, "what": what, "codes": codes, "from": begun, "seconds": round(seconds, 2)}
 
 
 def main(minutes: float, seed: int, folder: Path) -> None:
