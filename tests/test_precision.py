@@ -3,10 +3,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layered
 import numpy as np
 import optax
 import pytest
-import test_zero
 from jax.extend.core import jaxprs_in_params
 
 from jaxlm import grads, models, optim, sharding, train
@@ -134,11 +134,11 @@ def sgd(**options: Any) -> optax.GradientTransformationExtraArgs:
 
 def test_float16_falls_recovers_and_goes_where_float32_does():
     """Gradients times 2**24 overflow, and so they do each time that the scale has doubled too often."""
-    optimizer, batches = sgd(initial=2.0**24, growth_interval=4), test_zero.batches(40)
-    grad_fn = jax.value_and_grad(compute_in(jnp.float16, test_zero.model()), has_aux=True)
+    optimizer, batches = sgd(initial=2.0**24, growth_interval=4), layered.batches(40)
+    grad_fn = jax.value_and_grad(compute_in(jnp.float16, layered.model()), has_aux=True)
     step = jax.jit(train.make_step(grad_fn, optimizer, KEY))
-    exact = jax.jit(train.make_step(jax.value_and_grad(test_zero.model(), has_aux=True), PLAIN, KEY))
-    state, plain = train.start(test_zero.params(), optimizer), train.start(test_zero.params(), PLAIN)
+    exact = jax.jit(train.make_step(jax.value_and_grad(layered.model(), has_aux=True), PLAIN, KEY))
+    state, plain = train.start(layered.params(), optimizer), train.start(layered.params(), PLAIN)
     scales, skipped = [], 0
     for batch in batches:
         before, (state, metrics) = state, step(state, batch)
@@ -155,25 +155,25 @@ def test_float16_falls_recovers_and_goes_where_float32_does():
     rises = [b > a for a, b in zip([2.0**24, *scales], scales, strict=False)]
     assert sum(falls) == skipped
     assert any(rises[: len(falls) - 1 - falls[::-1].index(True)])  # and falls again after that
-    moved = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b)), plain.params, test_zero.params())
+    moved = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b)), plain.params, layered.params())
     apart = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b)), plain.params, state.params)
     jax.tree.map(lambda a, m: np.testing.assert_array_less(a, 5e-3 * m), apart, moved)
 
 
 def run(zero: int | None, microbatches: int, mesh: str = "8") -> train.TrainState:
     """Some steps of which the first overflow; on one device for no stage."""
-    optimizer, given = sgd(initial=2.0**16), test_zero.batches(12)
+    optimizer, given = sgd(initial=2.0**16), layered.batches(12)
     if zero is None:
-        grad_fn = jax.value_and_grad(compute_in(jnp.float16, test_zero.model()), has_aux=True)
+        grad_fn = jax.value_and_grad(compute_in(jnp.float16, layered.model()), has_aux=True)
         grad_fn = grads.accumulate(grad_fn, microbatches)
-        state = train.start(test_zero.params(), optimizer)
+        state = train.start(layered.params(), optimizer)
     else:
-        layout = test_zero.lay_out(mesh, zero)
+        layout = layered.lay_out(mesh, zero)
         wrap_layer = grads.gather_layers(layout, "blocks", dtype=jnp.float16) if zero == 3 else None
-        grad_fn = jax.value_and_grad(scale_loss(test_zero.model(wrap_layer)), has_aux=True)
+        grad_fn = jax.value_and_grad(scale_loss(layered.model(wrap_layer)), has_aux=True)
         grad_fn = grads.data_parallel(grad_fn, layout, dtype=jnp.float16, microbatches=microbatches)
         shardings = layout.state(optimizer)
-        state = jax.jit(lambda: train.start(test_zero.params(), optimizer), out_shardings=shardings)()
+        state = jax.jit(lambda: train.start(layered.params(), optimizer), out_shardings=shardings)()
         given = [sharding.place(batch, sharding.by_rows(layout.mesh)) for batch in given]
     *_, (state, _) = train.fit(train.make_step(grad_fn, optimizer, KEY), state, given)
     return sharding.to_host(state)
@@ -196,7 +196,7 @@ def test_float16_on_devices_in_microbatches_is_as_on_one(
     found = run(zero, microbatches, mesh)
     assert (found.opt_state.skipped, found.opt_state.loss_scale) == (3, 2.0**13)
     assert (alone.opt_state.skipped, alone.opt_state.loss_scale) == (3, 2.0**13)
-    moved = jax.tree.map(lambda a, b: np.linalg.norm(a - b), alone.params, jax.device_get(test_zero.params()))
+    moved = jax.tree.map(lambda a, b: np.linalg.norm(a - b), alone.params, jax.device_get(layered.params()))
     apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b), alone.params, found.params)
     jax.tree.map(lambda a, m: np.testing.assert_array_less(a, 2e-3 * m), apart, moved)
 
@@ -207,20 +207,20 @@ def squares(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Au
 
 
 def test_a_run_that_overflows_for_ever_ends_with_an_error():
-    optimizer, batches = sgd(initial=2.0**24, smallest=2.0**22, patience=3), test_zero.batches(9)
-    grad_fn = jax.value_and_grad(compute_in(jnp.float16, test_zero.model()), has_aux=True)
+    optimizer, batches = sgd(initial=2.0**24, smallest=2.0**22, patience=3), layered.batches(9)
+    grad_fn = jax.value_and_grad(compute_in(jnp.float16, layered.model()), has_aux=True)
     step = train.make_step(grad_fn, optimizer, KEY)
-    step = train.compile_step(step, train.start(test_zero.params(), optimizer), batches[:1])
+    step = train.compile_step(step, train.start(layered.params(), optimizer), batches[:1])
 
     def states(count: int) -> Iterator[Params]:
-        for state, _ in train.fit(step, train.start(test_zero.params(), optimizer), batches[:count]):
+        for state, _ in train.fit(step, train.start(layered.params(), optimizer), batches[:count]):
             yield jax.device_get(state.params)
 
     seen: list[Params] = []
     with pytest.raises(FloatingPointError, match="even at the smallest loss scale, and 5 steps were skipped; look for"):
         seen.extend(states(9))
     assert len(seen) == 5  # halved twice, skipped three times there, seen one step late
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), seen[-1], jax.device_get(test_zero.params()))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), seen[-1], jax.device_get(layered.params()))
     with pytest.raises(FloatingPointError):  # also where it is the last step
         list(states(5))
     assert len(list(states(4))) == 4

@@ -1,7 +1,7 @@
 """Kills one process of several again and again, or lets it hang, and measures how long the others take to be gone.
 
 A script: it prints a line of JSON per trial, with the seconds from the end of one to that of the last, or from where it
-hangs. The processes and what they do are those of tests/test_distributed.py.
+hangs. The processes and what they do are those of tests/processes.py.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_distributed import HANGING, HANGS, several
+from processes import HANGING, HANGS, several
 
 
 def killed(processes: int, victim: int, wait: float, folder: Path) -> dict[str, object]:
