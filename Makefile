@@ -41,7 +41,7 @@ lint: setup ## ruff
 types: setup ## pyright
 	$(BIN)/pyright
 
-test: setup ## the tests but the slow ones, in some ten minutes on two cores
+test: setup ## the tests but the slow ones, in a quarter of an hour on two cores
 	$(BIN)/pytest -n 2 -m "not slow and not gpu and not oracle" $(ARGS)
 
 test-all: setup ## all tests that this machine can run
