@@ -86,7 +86,7 @@ def losses_after(tokens: np.ndarray, how: str) -> float:
 
 
 @pytest.mark.parametrize("name", ["tokens", "inputs"])
-@pytest.mark.parametrize("dtype", [dtype for dtype in OTHERS if dtype not in ("object", "str")])
+@pytest.mark.parametrize("dtype", ["bool", "float16", "float32", "bfloat16", "complex64"])
 def test_tokens_of_other_types_are_refused_when_a_step_is_traced(dtype: str, name: str) -> None:
     shape = jax.ShapeDtypeStruct((1, 4), np.int32)
     batch = {"tokens": shape, "inputs": shape, name: jax.ShapeDtypeStruct((1, 4), jnp.dtype(dtype))}
