@@ -103,24 +103,26 @@ def lost(trials: int, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def soaked(said: Iterator[dict[str, Any]], console: Console) -> Iterator[dict[str, Any]]:
-    """Runs of two processes under all faults by turns: what became of each kind of fault, and what was kept in all."""
+def soaked(minutes: float, processes: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
+    """Runs of several processes under all faults by turns: what became of each kind of fault, and what was kept."""
     outcomes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for line in said:
+    who = f"{processes} processes"
+    for line in lines("soak", f"--minutes={minutes}", f"--processes={processes}", f"--seed={seed}"):
         if "fault" in line:
-            ended = {"[0, 0]": "it was done", "[75, 75]": "left together"}.get(str(line["codes"]), "ended")
+            codes = set(line["codes"])
+            ended = "it was done" if codes == {0} else "left together" if codes == {75} else "ended"
             outcomes[line["fault"]][f"{ended}, {'no' if line['lost'] == 0 else 'some'} steps taken again"] += 1
             if console.is_terminal:
                 console.print(f"{sum(map(collections.Counter.total, outcomes.values()))} faults", end="\r")
         else:
             yield from (
-                {"fault": f"two processes: {kind}", "trials": counts.total(), "outcomes": counts, "wrong": list[str]()}
+                {"fault": f"{who}: {kind}", "trials": counts.total(), "outcomes": counts, "wrong": list[str]()}
                 for kind, counts in sorted(outcomes.items())
             )
             kept = {name: line[name] for name in ("minutes", "steps_kept", "time_kept")}
             same = {"as an undisturbed run": line["runs"]}
             yield {
-                "fault": "two processes: all runs, in the end",
+                "fault": f"{who}: all runs, in the end",
                 "trials": line["runs"],
                 "outcomes": same,
                 "wrong": list[str](),
@@ -134,7 +136,8 @@ def main() -> None:
         "--only", choices=("calls", "damage", "kills", "lost", "soak"), help="leave the other rows as they are"
     )
     parser.add_argument("--kills", type=int, default=250, help="a fifth of them by SIGTERM")
-    parser.add_argument("--minutes", type=float, default=30, help="for which two processes suffer everything")
+    parser.add_argument("--minutes", type=float, default=30, help="for which several processes suffer everything")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="show that it works: a few trials of each")
     options = parser.parse_args()
@@ -149,7 +152,7 @@ def main() -> None:
     if options.only in (None, "lost"):
         results += lost(1 if smoke else 50, seed)
     if options.only in (None, "soak") and not smoke:
-        results += soaked(lines("soak", f"--minutes={options.minutes}", f"--seed={seed}"), console)
+        results += soaked(options.minutes, options.processes, seed, console)
     shown = Table("fault", "trials", "what became of it", "wrong", title=f"Checkpoints under faults, seed {seed}")
     for r in results:
         outcomes = ", ".join(f"{name}: {count}" for name, count in sorted(r["outcomes"].items()))

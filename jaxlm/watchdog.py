@@ -44,7 +44,7 @@ while True:
               f"SIGABRT (exit code 134: start it again); where its threads were is in {stacks}", file=sys.stderr,
               flush=True)
         os.kill(process, signal.SIGABRT)
-        if not select.select([0], [], [], 5)[0]:
+        if not select.select([0], [], [], 4)[0]:
             os.kill(process, signal.SIGKILL)
         break
 """

@@ -289,6 +289,20 @@ def test_parameters_that_no_machine_has_memory_for_are_refused_before_there_is_a
         checkpoint.load_params(tmp_path)
 
 
+@pytest.mark.parametrize("limit", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_a_container_has_the_memory_that_it_is_given(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "checkpoints", 1)
+    monkeypatch.setattr(_reading, "_CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text("max\n")
+    checkpoint.load_params(tmp_path / "checkpoints")
+    (tmp_path / limit).write_text("10\n")
+    with pytest.raises(RuntimeError, match="this machine's memory has 10"):
+        checkpoint.load_params(tmp_path / "checkpoints")
+
+
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "1" / _folder.MANIFEST

@@ -1,6 +1,7 @@
 """What is in a checkpoint, and whether that is what was saved; and whether what is to be saved is of one mind."""
 
 import collections
+import contextlib
 import gc
 import os
 import sys
@@ -20,6 +21,7 @@ from jaxlm.tree import nbytes
 from jaxlm.types import Params
 
 T = TypeVar("T")
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tuple[Params, Json]:
@@ -73,6 +75,9 @@ def _nested(leaves: Json, sharding: jax.sharding.Sharding) -> Json:
 
 def _check_room(step: int, like: Json) -> None:
     needs, has = nbytes(like), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container, by either version
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            has = min(has, int((_CONTROL_GROUP / limit).read_text()))
     if needs > has:
         raise RuntimeError(
             f"checkpoint {step} says that its parameters have {needs} bytes, and this machine's memory has {has}; "
