@@ -6,7 +6,6 @@ cores. It writes runs/NAME/: metrics, checkpoints, and report.html to look at. C
 
 import dataclasses
 import itertools
-import json
 import lzma
 import shlex
 import sys
@@ -24,7 +23,7 @@ import tyro
 
 from jaxlm import checkpoint, data, distributed, grads, losses, metrics, models, optim, schedules, sharding, train
 from jaxlm.evaluate import compile_eval, evaluate
-from jaxlm.files import read_json, redacted, within, write_whole
+from jaxlm.files import read_signed, redacted, signed, within, write_whole
 from jaxlm.generate import complete
 from jaxlm.nans import first_nan
 from jaxlm.precision import compute_in, product_in
@@ -78,9 +77,8 @@ class Config:
 
 def main(config: Config) -> None:
     folder, first, by_first = within(Path("runs"), config.name), distributed.first(), distributed.by_first
-    config = dataclasses.replace(config, join=None)
-    distributed.agree(**dataclasses.asdict(config))
-    config, debug = dataclasses.replace(config, debug_nans=None), config.debug_nans
+    distributed.agree(**dataclasses.asdict(dataclasses.replace(config, join=None)))
+    config, debug = dataclasses.replace(config, join=None, debug_nans=None), config.debug_nans
     if config.smoke:
         config = dataclasses.replace(config, layers=1, width=16, steps=2)
         folder = Path(by_first(tempfile.mkdtemp)) / "smoke"
@@ -96,7 +94,7 @@ def main(config: Config) -> None:
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
     share, place = sharding.share(by_rows), partial(sharding.place, rows=by_rows)
-    skips = by_first(lambda: read_json(found)["batches"] if (found := folder / "skips.json").exists() else [])
+    skips = by_first(lambda: read_signed(found)["batches"] if (found := folder / "skips.json").exists() else [])
     batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), config.steps, skip=skips, share=share)
     unseen = data.Batches(heldout, data.bucket(heldout.lengths, *rows, passes=1), share=share)
     distributed.agree(data=batches.fingerprint)
@@ -123,65 +121,67 @@ def main(config: Config) -> None:
         print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
         print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices))
     start = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))
-    step = train.make_step(grad_fn, optimizer, step_key)
-    step = train.compile_step(step, start.eval_shape(), batches.specs(by_rows))
+    step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), start.eval_shape(), batches.specs(by_rows))
     state = start()
     eval_fn = compile_eval(grads.parallel_loss(loss_fn, layout, dtype=dtype), state.params, unseen.specs(by_rows))
 
-    def bits_per_byte(params: object, count: int) -> float:
-        some = (place(unseen[i]) for i in range(min(count, len(unseen))))
-        return heldout.bits_per_byte(evaluate(eval_fn, params, some)["loss"])
-
-    about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint}
+    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in (*FREE, "name", "text")}
+    about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint, "run": kept}
     to, rates = folder if first else None, np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
-    hangs = watching(folder / f"stacks-{jax.process_index()}.txt", seconds=config.patience)
-    saved = checkpoint.Checkpoints(
-        folder / "checkpoints", about, keep=2 + bool(config.spikes) * SPIKE // config.save_every
-    )
-    with distributed.stop_signals() as stop, saved as checkpoints:
-        if debug is not None:
-            state = checkpoints.restore(state, until=debug - 1) or state
-            for i in range(int(state.step), debug - 1):
-                state, _ = step(state, place(batches[i]))
-            batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
-            key = jax.random.fold_in(step_key, debug - 1)
-            found = first_nan(alone, sharding.to_host(state.params), batch, key)
-            print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
-            return
-        state = checkpoints.restore(state) or state
-        done = int(state.step)
-        by_first(lambda: metrics.note_start(folder, done, data=batches.fingerprint, skips=skips))
-        glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
-        given = data.iterate(batches, start=done, place=place)
-        with closing(given), metrics.Log(to, done, steps=config.steps) as log, hangs as watch:
-            until_told = itertools.takewhile(lambda _: not stop(), log.timed(given))
-            taken = train.fit(step, state, watch.batches(until_told, done))
-            if config.spikes:
-                before = by_first(lambda: [line["loss"] for line in metrics.read_log(folder / "metrics.jsonl")])
-                taken = train.stop_at_spikes(taken, done, before=before, deviations=config.spikes)
-            try:
-                for state, measured in taken:
-                    log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
-                    done, glance = done + 1, {}
-                    if done % config.save_every == 0 and done < config.steps:
-                        watch(f"saving and evaluating step {done}")
-                        log.flush()
-                        checkpoints.save(state)
-                        glance = {"heldout": bits_per_byte(state.params, GLANCE)}
-                        checkpoints.score(done, glance["heldout"])
-                        log.restart_clock()
-            except train.LossSpikeError as spike:
-                back = checkpoints.rewind(spike.step - SPIKE)
-                skips = batches.without(back, spike.step + SPIKE).skip
-                by_first(lambda: write_whole(folder / "skips.json", json.dumps({"batches": skips})))
-                print(f"{spike}: back to step {back}, now without the batches {skips}. The same command goes on")
-                sys.exit(75)
-        checkpoints.save(state)
-    if done < config.steps:
-        print(f"Stopped after step {done} and saved. To go on: {redacted(shlex.join([sys.executable, *sys.argv]))}")
-        sys.exit(75)
-    found, params = bits_per_byte(state.params, len(unseen)), sharding.to_host(state.params)
+    keep = 2 + bool(config.spikes) * SPIKE // config.save_every
+    saved = checkpoint.Checkpoints(folder / "checkpoints", about, keep=keep)
+    with watching(folder / f"stacks-{jax.process_index()}.txt", seconds=config.patience) as watch:
+
+        def bits_per_byte(params: object, count: int) -> float:
+            some = watch.each("evaluating on held-out batch", range(min(count, len(unseen))))
+            return heldout.bits_per_byte(evaluate(eval_fn, params, (place(unseen[i]) for i in some))["loss"])
+
+        with distributed.stop_signals() as stop, saved as checkpoints:
+            if debug is not None:
+                state = checkpoints.restore(state, until=debug - 1) or state
+                for i in watch.each("taking again the step on batch", range(int(state.step), debug - 1)):
+                    state, _ = step(state, place(batches[i]))
+                batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
+                found = first_nan(alone, sharding.to_host(state.params), batch, jax.random.fold_in(step_key, debug - 1))
+                print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
+                return
+            state = checkpoints.restore(state) or state
+            done = int(state.step)
+            by_first(lambda: metrics.note_start(folder, done, data=batches.fingerprint, skips=skips))
+            glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
+            if glance and done:  # where it was interrupted before it was said
+                checkpoints.score(done, glance["heldout"])
+            given = data.iterate(batches, start=done, place=place)
+            with closing(given), metrics.Log(to, done, steps=config.steps) as log:
+                until_told = itertools.takewhile(lambda _: not stop(), log.timed(given))
+                taken = train.fit(step, state, watch.batches(until_told, done))
+                if config.spikes:
+                    before = by_first(lambda: [line["loss"] for line in metrics.read_log(folder / "metrics.jsonl")])
+                    taken = train.stop_at_spikes(taken, done, before=before, deviations=config.spikes)
+                try:
+                    for state, measured in taken:
+                        log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
+                        done, glance = done + 1, {}
+                        if done % config.save_every == 0 and done < config.steps:
+                            watch(f"saving step {done}")
+                            log.sync()
+                            checkpoints.save(state)
+                            glance = {"heldout": bits_per_byte(state.params, GLANCE)}
+                            checkpoints.score(done, glance["heldout"])
+                            log.restart_clock()
+                except train.LossSpikeError as spike:
+                    back = checkpoints.rewind(spike.step - SPIKE)
+                    skips = batches.without(back, spike.step + SPIKE).skip
+                    by_first(lambda: write_whole(folder / "skips.json", signed({"batches": skips})))
+                    print(f"{spike}: back to step {back}, without the batches {skips}. The same command goes on")
+                    sys.exit(75)
+            watch(f"saving step {done}")
+            checkpoints.save(state)
+        if done < config.steps:
+            print(f"Stopped after step {done} and saved. To go on: {redacted(shlex.join([sys.executable, *sys.argv]))}")
+            sys.exit(75)
+        found, params = bits_per_byte(state.params, len(unseen)), sharding.to_host(state.params)
     if first:
         text = heldout.text(tokenizer)
         results = {

@@ -4,7 +4,6 @@ JAX asks nobody who connects for a password: keep the ports of a run inside a ne
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -22,8 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm.files import redacted
-from jaxlm.launchers import started_with_others
+from jaxlm.files import disk_error, redacted
+from jaxlm.launchers import let_collectives_listen_on, started_with_others
 from jaxlm.peers import Peers
 
 T = TypeVar("T")
@@ -95,19 +94,7 @@ def start(join: tuple[str, int, int] | None = None, *, heartbeat_seconds: int = 
             **options,
         )
         if local:
-            _let_gloo_listen_on("::1" if host == "[::1]" else "127.0.0.1")
-
-
-def _let_gloo_listen_on(address: str) -> None:
-    """JAX would let it listen where the machine's name leads, and has no setting for that: private, as below."""
-    from jax._src import xla_bridge  # pyright: ignore[reportPrivateUsage]
-    from jax._src.lib import _jax  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-
-    config: Any = jax.config
-    if config.jax_cpu_collectives_implementation == "gloo":
-        gloo = _jax.make_gloo_tcp_collectives(distributed_client=_coordination().client, hostname=address)
-        client = functools.partial(xla_bridge.make_cpu_client, collectives=gloo)
-        xla_bridge.register_backend_factory("cpu", client, priority=0, fail_quietly=False)
+            let_collectives_listen_on("::1" if host == "[::1]" else "127.0.0.1", _coordination().client)
 
 
 def first() -> bool:
@@ -152,7 +139,8 @@ def by_first(make: Callable[[], T]) -> T:
         What `make` returned in process 0.
 
     Raises:
-        RuntimeError: in the others, if it failed in process 0, where its own error is raised.
+        RuntimeError: in the others, if it failed in process 0, where its own error is raised; OSError, if its disk is
+            full or fails.
 
     >>> by_first(lambda: "made")
     'made'
@@ -166,11 +154,12 @@ def by_first(make: Callable[[], T]) -> T:
             made = make()
         except Exception as raised:
             error = raised
-    failure, told = exchange([error and f"{type(error).__name__}: {error}", made])[0]
+    failure, code, told = exchange([error and f"{type(error).__name__}: {error}", disk_error(error), made])[0]
     if error is not None:
         raise error
     if failure is not None:
-        raise RuntimeError(f"process 0 failed: {failure}")
+        failure = f"process 0 failed: {failure}"
+        raise OSError(code, failure) if code else RuntimeError(failure)
     return told
 
 
@@ -195,15 +184,15 @@ def exchange(said: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def leaving_together() -> Generator[None]:
-    """Stands around the job, after `start`, so that no process waits for one that is gone. Alone it changes nothing.
+    """Stands around the job, after `start`, so that no process waits for one that is gone, and its exit code is right.
 
     A process that an error leaves prints it and tells the others, also those inside a collective. Each then prints who
     failed or is lost, and ends at once, where an ordinary end would wait for the lost one. The exit code is for the
     scheduler:
 
     - 1: a process failed with an error of its own, which it would meet again.
-    - 75: a process was lost (killed, out of memory, its machine gone), or couldn't save its part of a checkpoint: start
-      all again, to go on from a checkpoint.
+    - 75: a process was lost (killed, out of memory, its machine gone), interrupted by Ctrl-C, or its disk is full or
+      fails: start all again, to go on from a checkpoint.
     - 134 (SIGABRT): JAX ended the process, which nothing can catch: process 0 is gone ("the leader task") or doesn't
       answer (as is said after 5 s), or the tasks that it names "stopped sending heartbeats", for `heartbeat_seconds`; a
       task is a process. So it shows if a process is stopped (SIGSTOP) or its machine lost. If that process printed no
@@ -214,7 +203,13 @@ def leaving_together() -> Generator[None]:
     `SystemExit` passes: leave by it in all processes or in none.
     """
     if not jax.distributed.is_initialized():
-        yield
+        try:
+            yield
+        except OSError as error:
+            if not disk_error(error):
+                raise
+            traceback.print_exc()
+            sys.exit(RESTART)
         return
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(done,), daemon=True)
@@ -227,7 +222,8 @@ def leaving_together() -> Generator[None]:
         # Gloo's errors come as ValueError from where a program is run at once.
         of_all = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
         of_all = of_all or (isinstance(error, ValueError) and ": Gloo " in str(error))
-        _leave("" if of_all else f"{type(error).__name__}: {error}")
+        again = isinstance(error, KeyboardInterrupt) or disk_error(error)
+        _leave("" if of_all else f"{type(error).__name__}: {error}", RESTART if again else 1)
     finally:
         done.set()
         _PEERS.bye()
@@ -324,8 +320,10 @@ def _listen(done: threading.Event) -> None:
             late = threading.Timer(PATIENCE, _warn, [f"process 0 has not answered for {PATIENCE:g} s: is it stopped?"])
             late.daemon = True
             late.start()
-            leaving = _coordination().client.key_value_dir_get(LEAVING)
-            late.cancel()
+            try:
+                leaving = _coordination().client.key_value_dir_get(LEAVING)
+            finally:
+                late.cancel()
             if leaving:
                 _leave("")
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and folders that one process at a time writes to."""
 
+import errno
 import fcntl
 import json
 import os
@@ -8,7 +9,7 @@ import socket
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TextIO, cast
 
 LOCK: Final = ".lock"
 """The file in a folder by which a process holds it."""
@@ -19,6 +20,9 @@ DEEPEST: Final = 100
 NAME: Final = re.compile(r"\w[\w.=+,-]{0,99}(/\w[\w.=+,-]{0,99}){0,9}")
 """What `within` takes: no part of it begins with a dot, and none is empty."""
 
+DISK_ERRORS: Final = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)}
+"""What the system says of a disk that is full or fails, by its number: what may be over when a run is started again."""
+
 LARGEST: Final = 2**27
 """Bytes that a file may have which is read whole: no manifest or vocabulary has nearly as many, another file may."""
 
@@ -26,10 +30,10 @@ _HELD: dict[tuple[int, Path], tuple[int, int]] = {}
 """The open file of each lock of this process, by the process' id and the folder, and how often it was locked."""
 
 SECRETS: Final = (
-    re.compile(r"(://)[^/\s\"']+(?=@)"),
+    re.compile(r"(://)(?:[^/\s\"']+|[^/\s\"':]*:(?!\d+/)[^\s\"']+)(?=@)"),
     re.compile(r"([?&][^=&\s\"']*(?:key|token|secret|sig|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE),
 )
-"""Of URLs: users and passwords, and parameters that stand for them."""
+"""Of URLs: users and passwords, which may hold a slash, and parameters that stand for them."""
 
 
 def redacted(text: str) -> str:
@@ -64,10 +68,23 @@ def within(folder: Path, name: str) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all, also if the power fails."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    sync(unfinished)
+    with create(unfinished) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
     sync(path.parent)
+
+
+def disk_error(error: BaseException | None) -> int | None:
+    """The number of an error of a disk that is full or fails; None: it is another error."""
+    return error.errno if isinstance(error, OSError) and error.errno in DISK_ERRORS else None
+
+
+def create(path: Path) -> TextIO:
+    """Opens a new file for writing in place of the one that is there: through a link another would be written to."""
+    path.unlink(missing_ok=True)
+    return path.open("x", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,7 +188,7 @@ def lock(folder: Path) -> Callable[[], None]:
 
 
 def _acquire(folder: Path) -> int:
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(file, 0)

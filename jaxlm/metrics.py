@@ -12,9 +12,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import jax
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
@@ -61,15 +61,15 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     files.lock(folder)
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    exists = (folder / "config.json").exists()
-    if exists and not begun and files.read_json(folder / "config.json").keys() == config.keys():
+    saved = files.read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    if saved is not None and saved != config and saved.keys() == config.keys() and not begun:
+        saved = None
         for path in folder.iterdir():  # of a command that was refused
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != files.LOCK:
                 path.unlink()
-    if (folder / "config.json").exists():
-        saved = files.read_json(folder / "config.json")
+    if saved is not None:
         for name in {**saved, **config}:
             if saved.get(name) != config.get(name) and name not in free:
                 raise ValueError(
@@ -79,7 +79,7 @@ def open_run(
         if saved != config:
             files.write_whole(folder / "config.json", json.dumps(config, indent=1))
         return folder
-    shutil.copy(source, folder)
+    files.write_whole(folder / Path(source).name, Path(source).read_text())
     files.write_whole(folder / "config.json", json.dumps(config, indent=1))
     return folder
 
@@ -152,9 +152,9 @@ class Log:
         self.close()
 
     def close(self) -> None:
-        """Writes what has been taken, and closes the files."""
+        """Writes what has been taken, waits until it is on the disk, and closes the files."""
         try:
-            self.flush()
+            self.sync()
         finally:
             self._progress.stop()
             with contextlib.ExitStack() as stack:
@@ -166,6 +166,12 @@ class Log:
         self.flush()
         self._pending = (step, metrics)
 
+    def sync(self) -> None:
+        """Writes what has been taken, and waits until it is on the disk; to be called before a checkpoint is saved."""
+        self.flush()
+        if not self._failed:
+            self._do(lambda file: os.fsync(file.fileno()))
+
     def flush(self) -> None:
         """Writes what has been taken, once the device has computed it."""
         if self._pending is None or not self._files:
@@ -176,17 +182,17 @@ class Log:
         timing = {"seconds": round(now - self._last, 6), "waited": round(waited, 6)}
         for file, line in zip(self._files, (values, timing), strict=True):
             file.write((json.dumps({"step": step, **line}) + "\n").encode())
-        self._write_out()
+        self._do(lambda file: file.flush())  # what it can't write it keeps
         self._recent.append((values.get("weight", 0.0), now - self._last))
         self._last = now
         self._latest |= values
         self._show(step, in_full="heldout" in values)
 
-    def _write_out(self) -> None:
+    def _do(self, work: Callable[[BinaryIO], None]) -> None:
         failed, self._failed = self._failed, False
         for file in self._files:
             try:
-                file.flush()  # what it can't write it keeps
+                work(file)
             except OSError as error:
                 if not failed and not self._failed:
                     print(f"metrics stay in memory for now: {file.name}: {error.strerror}", file=sys.stderr, flush=True)
@@ -225,13 +231,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is damaged, and named.
     """
-    lines = _read_lines(Path(path))
-    for number, values in enumerate(lines, 1):
-        if type(values.get("step")) is not int or not all(map(_is_number, values.values())):
-            raise ValueError(
-                f"{path}: line {number} is damaged: it isn't a step and numbers; remove the line to go on without it"
-            )
-    return lines
+    return list(_steps(Path(path)))
 
 
 def read_starts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -240,19 +240,29 @@ def read_starts(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is damaged, and named.
     """
-    return _read_lines(Path(folder) / "starts.jsonl")
+    return [line for _, line in _lines(Path(folder) / "starts.jsonl")]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            found.append(files.parse_json(line, f"{path}: line {number}"))
-        except ValueError as error:
-            raise ValueError(f"{error}; remove the line to go on without it") from None
-    return found
+def _steps(path: Path) -> Iterator[dict[str, Any]]:
+    for number, values in _lines(path):
+        if type(values.get("step")) is not int or not all(map(_is_number, values.values())):
+            raise ValueError(
+                f"{path}: line {number} is damaged: it isn't a step and numbers; remove the line to go on without it"
+            )
+        yield values
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():  # but perhaps a pipe
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(files.LARGEST), b""), 1):
+            if not line.endswith(b"\n") and len(line) < files.LARGEST:
+                return  # it was cut off
+            try:
+                yield number, files.parse_json(line, f"{path}: line {number}")
+            except ValueError as error:
+                raise ValueError(f"{error}; remove the line to go on without it") from None
 
 
 def _is_number(value: Any) -> bool:
@@ -260,8 +270,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    lines = read_log(path)
-    kept = [line for line in lines if line["step"] <= step]
+    """Removes the lines of later steps, which may be damaged, for nobody waited until they were on the disk."""
+    kept: list[dict[str, Any]] = []
+    for line in _steps(path) if step else ():
+        if line["step"] <= step:
+            kept.append(line)
+        if line["step"] >= step:
+            break
     files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 

@@ -22,8 +22,8 @@ from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 def keep_programs(folder: Path | None = None) -> None:
     """Keeps what is compiled in a folder, so that another run needn't compile the same program again.
 
-    Nobody else may write to it, for whoever can chooses what this process runs. If it is another user's, or can't be
-    made, nothing is kept, and a warning says so.
+    Nobody else may write to it, for whoever can chooses what this process runs. If others could put something there, or
+    it can't be made, nothing is kept, and a warning says so.
 
     Args:
         folder: where; None: `xla` in what the environment variable JAXLM_CACHE names, or else in ~/.cache/jaxlm.
@@ -35,6 +35,8 @@ def keep_programs(folder: Path | None = None) -> None:
         if found.st_uid != os.geteuid():
             raise PermissionError("it is another user's")
         if found.st_mode & 0o022:
+            if any(folder.iterdir()):
+                raise PermissionError("others can write to it, and what is in it may be theirs")
             folder.chmod(found.st_mode & 0o755)
     except OSError as error:
         warnings.warn(

@@ -11,10 +11,13 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import final
+from typing import TypeVar, final
 
 from jaxlm.compiled import signature
+from jaxlm.files import create
 from jaxlm.types import Batch
+
+T = TypeVar("T")
 
 # Runs alone, in a Python that imports nothing else, and looks at what was said once a second, since to be woken by each
 # word would cost the process that it watches a core for a moment; what doesn't fit into the pipe meanwhile, words of
@@ -62,6 +65,12 @@ class Watchdog:
         with contextlib.suppress(OSError):  # the watching process was killed, or is stopped
             os.write(self._pipe, doing.replace("\n", " ").encode()[:4000] + b"\n")
 
+    def each(self, doing: str, items: Iterable[T]) -> Iterator[T]:
+        """Yields items, such as numbers of batches, and says before each what is done with it: `doing` and the item."""
+        for item in items:
+            self(f"{doing} {item}")
+            yield item
+
     def batches(self, batches: Iterable[Batch], start: int = 0) -> Iterator[Batch]:
         """Yields batches for `train.fit`, and tells the waiting for one from the step that takes it.
 
@@ -101,7 +110,13 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
     if not seconds > 0:
         raise ValueError(f"watching: seconds is {seconds}; use a number above 0")
     path = Path(stacks)
-    with path.open("w") as file:
+    if os.getpid() == 1:
+        print(
+            "watchdog: this is process 1 of a container, which nothing in it can end; give that an init (docker run "
+            "--init, or Kubernetes' shareProcessNamespace)",
+            file=sys.stderr,
+        )
+    with create(path) as file:
         faulthandler.enable(file)
         watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)],
@@ -118,4 +133,4 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
             watcher.kill()
             watcher.wait()
             faulthandler.disable()
-    path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)

@@ -40,3 +40,12 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = (data.Document(f"{i}.txt", text) for i, text in enumerate(texts))
     data.write_corpus(path, documents, data.ByteTokenizer(), heldout=0.2)
     return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 80 files of a few hundred bytes."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(80):
+        (folder / f"{i}.txt").write_text("".join(f"{i * j % 17} times {j} " for j in range(i % 30 + 5)))
+    return folder

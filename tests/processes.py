@@ -1,6 +1,7 @@
 """Several real processes on this machine, as one run: each runs a job of this file."""
 
 import ctypes
+import errno
 import itertools
 import os
 import queue
@@ -101,7 +102,7 @@ def job_agreeing(coordinator: str, processes: str, process: str) -> None:
 
 
 def fail() -> None:
-    raise OSError("the disk is full")
+    raise OSError(errno.ENOSPC, "the disk is full")
 
 
 def job_failing() -> None:
@@ -109,8 +110,15 @@ def job_failing() -> None:
     with distributed.leaving_together():
         sum_of_devices()
         if distributed.first():
-            fail()
+            FAILURES[os.environ.get("HOW", "")]()
         sum_of_devices()  # waits for process 0
+
+
+def err() -> None:
+    raise ValueError("it is wrong")
+
+
+FAILURES = {"": err, "disk": fail, "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT)}
 
 
 def job_endless(coordinator: str, processes: str, process: str) -> None:

@@ -42,7 +42,7 @@ def test_processes_join_and_agree_and_the_first_goes_first(tmp_path: Path) -> No
     with several(2, "agreeing", tmp_path, within=NOWHERE if can else ()) as running:
         ended = [one.end() for one in running]
     for i, one in enumerate(ended):
-        assert one.code == 1, one
+        assert one.code == 75, one
         assert f"devices 4 first {i == 0}\n" in one.stdout
         assert "sum 6.0\n" in one.stdout
         assert "\nmade by 0\n" in one.stdout
@@ -54,8 +54,8 @@ def test_processes_join_and_agree_and_the_first_goes_first(tmp_path: Path) -> No
         assert differ[1].startswith("agree: process 1 has no lr, process 0 has lr=0.1; ")
         if sys.platform == "linux":
             assert re.search(r"listens on \['(\w*0100007F(', ')?)+'\]", one.stdout)  # 127.0.0.1
-    assert "OSError: the disk is full" in ended[0].stderr
-    assert "RuntimeError: process 0 failed: OSError: the disk is full" in ended[1].stderr
+    assert "OSError: [Errno 28] the disk is full" in ended[0].stderr
+    assert "OSError: [Errno 28] process 0 failed: OSError: [Errno 28] the disk is full" in ended[1].stderr
 
 
 def test_slurm_is_found_and_the_job_ends(tmp_path: Path) -> None:
@@ -72,7 +72,19 @@ def test_open_mpi_is_found_and_an_error_in_one_ends_all_also_those_inside_a_coll
         first, second = (one.end() for one in running)
     assert (first.code, second.code) == (1, 1), (first, second)
     assert "Traceback" in first.stderr
-    assert "process 1: process 0 failed: OSError: the disk is full; leaving with exit code 1" in second.stderr
+    assert "process 1: process 0 failed: ValueError: it is wrong; leaving with exit code 1" in second.stderr
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(
+    ("how", "said"), [("disk", r"OSError: \[Errno 28\] the disk is full"), ("interrupt", "KeyboardInterrupt: ")]
+)
+def test_what_may_go_well_the_next_time_is_started_again(how: str, said: str, tmp_path: Path) -> None:
+    environments = launched(SLURM, "SLURM_PROCID", "SLURM_LOCALID")
+    with several(2, "failing", tmp_path, *environments, also={"HOW": how}) as running:
+        first, second = (one.end() for one in running)
+    assert (first.code, second.code) == (75, 75), (first, second)
+    assert re.search(f"process 1: process 0 failed: {said}; leaving with exit code 75", second.stderr)
 
 
 def launched(launcher: dict[str, str], *numbers: str) -> list[dict[str, str]]:
@@ -154,7 +166,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"arguments": arguments, **options})
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(distributed, "_let_gloo_listen_on", lambda address: calls.append({"gloo": address}))
+    monkeypatch.setattr(distributed, "let_collectives_listen_on", lambda address, _: calls.append({"gloo": address}))
     return calls
 
 
@@ -237,7 +249,9 @@ def test_alone_nothing_changes(started: list[dict[str, Any]]) -> None:
     assert distributed.first()
     distributed.agree(anything=object())
     assert distributed.by_first(lambda: "made") == "made"
-    with pytest.raises(OSError, match="the disk is full"), distributed.leaving_together():
+    with pytest.raises(OSError, match="another error"), distributed.leaving_together():
+        raise OSError("another error")
+    with pytest.raises(SystemExit, match="75"), distributed.leaving_together():
         fail()
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import files, metrics
+from jaxlm import checkpoint, files, metrics
+from jaxlm.watchdog import watching
 
 HOLD = "import pathlib, runpy, sys, time; lock = runpy.run_path(sys.argv[1])['lock'](pathlib.Path(sys.argv[2])); "
 HOLD += "print('held', flush=True); time.sleep(100)"
@@ -136,3 +137,35 @@ def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], object], tmp_p
     make(tmp_path / "some.json")
     with pytest.raises(FileNotFoundError, match=r"some.json is not there, or no file"):
         files.read_json(tmp_path / "some.json")
+
+
+@pytest.mark.parametrize("name", [".lock", ".notes.json.unfinished", "stacks.txt", "3.unfinished"])
+def test_nothing_is_written_through_links_in_a_folder_from_elsewhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "run" / name).symlink_to(precious)
+    if name == ".lock":
+        with pytest.raises(OSError, match=r"symbolic links: .*run/.lock"):
+            checkpoint.Checkpoints(tmp_path / "run", {})
+    else:
+        files.write_whole(tmp_path / "run" / "notes.json", "{}")
+        with watching(tmp_path / "run" / "stacks.txt", seconds=100), checkpoint.Checkpoints(tmp_path / "run", {}):
+            pass
+        assert not (tmp_path / "run" / name).is_symlink()
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("s3://me:hush@host/x", "s3://...@host/x"),
+        ("s3://me:hu/sh@host/x", "s3://...@host/x"),
+        ("see https://me@host and s3://you:hu+/sh=@host", "see https://...@host and s3://...@host"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("https://host:8080/a@b", "https://host:8080/a@b"),
+        ("https://host?token=hush&part=2", "https://host?token=...&part=2"),
+    ],
+)
+def test_secrets_of_urls_are_left_out_and_nothing_else(text: str, without: str) -> None:
+    assert files.redacted(text) == without

@@ -54,6 +54,21 @@ def test_each_says_what_to_edit_and_how_to_start_and_runs_pretrain_with_options_
     assert {option.replace("-", "_") for option in used} <= options()
 
 
+def test_slurm_starts_again_what_can_go_on(tmp_path: Path) -> None:
+    for name, does in {"srun": "exit $CODE", "scontrol": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    again = set[int]()
+    for code in (0, 1, 2, 75, 134, 137, 139, 143):
+        environment = os.environ | own | {"CODE": str(code)}
+        script = ROOT / "experiments" / "launch" / "slurm.sh"
+        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        again |= {code} if done.stdout == "requeue 7\n" else set()
+    assert again == {75, 134, 137, 139, 143}  # as docs/reliability.md says
+
+
 def options() -> set[str]:
     """The fields of pretrain.py's Config."""
     tree = ast.parse((ROOT / "experiments" / "pretrain.py").read_text())

@@ -44,7 +44,7 @@ def test_the_time_that_batches_are_waited_for_is_that_of_their_step(tmp_path: Pa
     assert all(line["waited"] <= line["seconds"] for line in lines(tmp_path, "timing"))
 
 
-@pytest.mark.parametrize("cut", ["", '{"step": 9, "lo'])
+@pytest.mark.parametrize("cut", ["", '{"step": 9, "lo', "\0" * 50 + "\n", '{"step": "?"}\n{"step": 10}\n'])
 def test_lines_after_the_checkpoint_and_a_line_cut_off_are_removed(cut: str, tmp_path: Path) -> None:
     with metrics.Log(tmp_path, 0, steps=9) as log:
         for step in range(1, 9):
@@ -113,6 +113,27 @@ def test_a_folder_whose_run_has_not_begun_is_made_anew(tmp_path: Path) -> None:
     folder = metrics.open_run(tmp_path / "run", {"heads": 2}, __file__)
     assert json.loads((folder / "config.json").read_text()) == {"heads": 2}
     assert not (folder / "corpus").exists()
+
+
+def test_what_the_same_command_has_made_before_it_was_ended_is_kept(tmp_path: Path) -> None:
+    for _ in range(2):
+        folder = metrics.open_run(tmp_path / "run", {"heads": 3, "rows": (1, 2)}, __file__)
+        (folder / "corpus").mkdir(exist_ok=True)
+        assert [path.name for path in folder.iterdir() if path.is_dir()] == ["corpus"]
+    (folder / "corpus" / "train.bin").touch()
+    metrics.open_run(folder, {"heads": 3, "rows": (1, 2)}, __file__)
+    assert (folder / "corpus" / "train.bin").exists()
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    with metrics.Log(tmp_path, 0, steps=9) as log:
+        monkeypatch.setattr("os.fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+        log.write(1, {"loss": 1.0})
+        log.sync()
+        assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+        assert synced == ["metrics.jsonl", "timing.jsonl"]
+    assert synced == 2 * ["metrics.jsonl", "timing.jsonl"]  # and when it is closed
 
 
 def test_nothing_is_removed_from_a_folder_that_is_no_run(tmp_path: Path) -> None:

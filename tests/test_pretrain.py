@@ -1,6 +1,5 @@
 """The main job: interrupted and resumed it equals the uninterrupted one, and bad input is refused before it costs."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -10,10 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,14 +28,6 @@ SMALL = [
     "--save-every=20",
     "--steps=300",
 ]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(80):
-        (folder / f"{i}.txt").write_text("".join(f"{i * j % 17} times {j} " for j in range(i % 30 + 5)))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -271,52 +259,6 @@ def test_several_devices_find_the_same(straight: Path, text: Path, tmp_path: Pat
         assert one == pytest.approx(four, rel=1e-4)
 
 
-@pytest.fixture
-def pretrain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script as a module, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("pretrain", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setenv("JAXLM_CACHE", str(SCRIPT.parents[1] / ".cache"))
-    return module
-
-
-FROZEN = {
-    "name": "another",
-    "text": "elsewhere",
-    "heldout": 0.1,
-    "layers": 3,
-    "width": 64,
-    "heads": 1,
-    "row_lengths": (64, 128),
-    "tokens_per_batch": 1024,
-    "steps": 999,
-    "learning_rate": 1e-3,
-    "seed": 1,
-    "products": "int8",
-    "spikes": 6.0,
-    "smoke": True,
-}
-FREE = {"save_every": 10, "microbatches": 4, "zero": 3, "mesh": (1, -1, 2), "patience": 60.0}
-OF_ONE_START = {"debug_nans", "join"}
-
-
-def test_each_option_is_held_to_or_may_change(pretrain: ModuleType, tmp_path: Path) -> None:
-    config, open_run = dataclasses.asdict(pretrain.Config()), partial(metrics.open_run, free=pretrain.FREE)
-    assert config.keys() == FROZEN.keys() | FREE.keys() | OF_ONE_START
-    open_run(tmp_path / "run", config, SCRIPT)
-    (tmp_path / "run" / "metrics.jsonl").touch()
-    for name, value in FROZEN.items():
-        with pytest.raises(ValueError, match=f"belongs to another configuration: {name} is .* there and .* here"):
-            open_run(tmp_path / "run", config | {name: value}, SCRIPT)
-    for name, value in FREE.items():
-        open_run(tmp_path / "run", config | {name: value}, SCRIPT)
-    open_run(tmp_path / "run", config | FREE, SCRIPT)
-
-
 @pytest.mark.slow
 def test_no_secret_is_written_or_said(text: Path, tmp_path: Path) -> None:
     secrets = {"TOKEN": "canary-of-the-environment"}
@@ -337,49 +279,6 @@ def test_no_secret_is_written_or_said(text: Path, tmp_path: Path) -> None:
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 50
     assert not [path for path in written if b"canary" in path.read_bytes()]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"heads": 3}, "width 128 is not divisible by 3 heads"),
-        ({"tokens_per_batch": 200}, "200 tokens per batch don't hold a row of 256"),
-        ({"microbatches": 3}, "not divisible over 8 devices in 3 microbatches"),
-        ({"tokens_per_batch": 256 * 4}, "4 rows of 256 tokens can't be divided over 8 devices"),
-        ({"row_lengths": (1,)}, r"row lengths \[1\]"),
-        ({"save_every": 0}, "must be 1 or more"),
-        ({"steps": 0}, "must be 1 or more"),
-    ],
-    ids=str,
-)
-def test_bad_numbers_are_refused_by_name(
-    change: dict[str, Any], message: str, pretrain: ModuleType, text: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        pretrain.main(pretrain.Config(text=str(text), **change))
-
-
-def test_a_folder_without_text_is_refused_and_no_corpus_is_left(pretrain: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no text"):
-        pretrain.main(pretrain.Config(text="empty"))
-    (tmp_path / "empty" / "one.txt").write_text("")
-    with pytest.raises(ValueError, match="no documents in the train split"):
-        pretrain.main(pretrain.Config(text="empty"))
-    assert not list(tmp_path.rglob("*.bin"))
-
-
-def test_a_refused_command_does_not_stand_in_the_way_of_the_right_one(
-    pretrain: ModuleType, text: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "other").mkdir()
-    for i in range(80):
-        (tmp_path / "other" / f"{i}.txt").write_bytes(b"\xff" * (i + 3))
-    with pytest.raises(ValueError, match="not divisible by 3 heads"):
-        pretrain.main(pretrain.Config(text=str(text), heads=3))
-    pretrain.main(pretrain.Config(text="other", layers=1, width=16, row_lengths=(64,), steps=1, microbatches=1))
-    manifest = json.loads((tmp_path / "runs" / "pretrain" / "corpus" / "manifest.json").read_text())
-    assert manifest["not_utf8"] == 80
 
 
 @pytest.mark.slow

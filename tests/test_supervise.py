@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,22 @@ sys.exit(int(end))
 def supervise(run: Path, *ends: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPT), str(run), "--", sys.executable, "-c", JOB, str(run), *ends]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_signal_while_the_run_is_being_started_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(subprocess.Popen[bytes]):
+        def __init__(self, *given: Any, **options: Any):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*given, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        code = runpy.run_path(str(SCRIPT))["supervise"](tmp_path, ["sleep", "100"])
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    assert code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,13 @@ def test_compiled_programs_are_kept_where_nobody_else_can_write(tmp_path: Path, 
         keep_programs(folder)
         assert folder.stat().st_mode & 0o777 == mode & 0o755
         assert told.pop("jax_compilation_cache_dir") == str(folder)
+    (tmp_path / "775" / "planted").touch()
+    keep_programs(tmp_path / "775")  # since others could no longer write to it
+    assert told.pop("jax_compilation_cache_dir") == str(tmp_path / "775")
+    (tmp_path / "775").chmod(0o775)
+    with pytest.warns(UserWarning, match="others can write to it, and what is in it may be theirs"):
+        keep_programs(tmp_path / "775")
+    assert "jax_compilation_cache_dir" not in told
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match=r"are not kept in .*/file \(.*exists.*name another folder in JAXLM_CACHE"):
         keep_programs(tmp_path / "file")

@@ -41,6 +41,8 @@ def supervise(run: Path, command: list[str]) -> int:
     fruitless, before, starts = 0, newest(run), 0
     while True:
         child, starts = subprocess.Popen(command, start_new_session=True), starts + 1
+        for number in asked[:1]:  # while it was being started
+            child.send_signal(number)
         code, after = child.wait(), newest(run)
         child = None
         # A shell gives 128 + N for signal N.

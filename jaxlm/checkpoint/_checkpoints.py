@@ -23,7 +23,6 @@ from jaxlm.types import TrainState
 
 FAILURES: Final = 3
 """Saves that fail in a row, for want of space or with an error of the disk, until that ends the run."""
-DISK_ERRORS: Final = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)}
 # What its threads raise is raised here too, and said in a line rather than two hundred.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.msg)
 
@@ -148,6 +147,7 @@ class Checkpoints:
             raise failed
         if distributed.first():
             _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
+            _folder.sweep(self._folder, "rewound")
             steps, scores = _folder.whole(self._folder), dict(self._scores)
             keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
             for old in sorted(set(steps) - keep):
@@ -235,18 +235,13 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
         damaged: list[int] = []
         for step in sorted(step for step in self._steps if until is None or step <= until)[::-1]:
-            manifest, damage = distributed.by_first(lambda step=step: or_damage(_folder.read, self._folder, step))
-            if manifest is not None:
-                _check_same(step, _flat(manifest["about"]), _flat(self._about))
-                _check_same(step, {name: leaf[:2] for name, leaf in manifest["leaves"].items()}, _shapes(parts))
-                loaded, damage = or_damage(load, self._folder / str(step), abstract)
-                damage = next(filter(None, distributed.exchange(damage)), None)
-                if loaded is not None and damage is None:
-                    _, damage = or_damage(check, manifest, loaded)
-                    if damage is None:
-                        self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
-                        copies_agree(loaded)  # compiles now what would hold up the first save
-                        return TrainState(params=loaded["params"], **loaded["rest"])
+            loaded, damage = self._read(step, abstract)
+            if loaded is None:
+                loaded, damage = self._read(step, abstract)  # an error of reading may be gone
+            if loaded is not None:
+                self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
+                copies_agree(loaded)  # compiles now what would hold up the first save
+                return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
             report_damage(step, damage)
         names = [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]
@@ -257,8 +252,23 @@ class Checkpoints:
             copies_agree(parts)
         return None
 
+    def _read(self, step: int, like: Json) -> tuple[Json | None, str | None]:
+        """What is in a checkpoint, each leaf held against its fingerprint; or what is damaged, for all processes."""
+        manifest, damage = distributed.by_first(lambda: or_damage(_folder.read, self._folder, step))
+        if manifest is None:
+            return None, damage
+        _check_same(step, _flat(manifest["about"]), _flat(self._about))
+        _check_same(step, {name: leaf[:2] for name, leaf in manifest["leaves"].items()}, _shapes(like))
+        loaded, damage = or_damage(load, self._folder / str(step), like)
+        damage = next(filter(None, distributed.exchange(damage)), None)
+        if loaded is not None and damage is None:
+            _, damage = or_damage(check, manifest, loaded)
+        return (loaded if damage is None else None), damage
+
     def rewind(self, step: int) -> int:
-        """Removes the checkpoints after a step, but for the oldest of all, so that the run goes on from there.
+        """Renames the checkpoints after a step, but for the oldest of all, so that the run goes on from there.
+
+        The next save that succeeds removes them: until then one of them can be named back, if all others are damaged.
 
         Returns:
             The step of the newest that is left; 0 if there is none.
@@ -266,13 +276,13 @@ class Checkpoints:
         self._settle()
         oldest = min(self._steps, default=0)
 
-        def remove() -> list[int]:
+        def rename() -> list[int]:
             for later in sorted(self._steps, reverse=True):
                 if later > max(step, oldest):
-                    _folder.remove(self._folder, later)
+                    _folder.rewind(self._folder, later)
             return _folder.whole(self._folder)
 
-        self._steps = set(distributed.by_first(remove))
+        self._steps = set(distributed.by_first(rename))
         return max(self._steps, default=0)
 
     def _set_aside(self, damaged: list[int]) -> list[int]:
@@ -340,7 +350,7 @@ def _disk_error(error: Exception) -> OSError | None:
         if isinstance(cause, OSError) and not isinstance(cause, TimeoutError | ConnectionError):
             code = cause.errno or errno.EIO
             return OSError(code, os.strerror(code))
-        for code, text in DISK_ERRORS.items():
+        for code, text in files.DISK_ERRORS.items():
             if text in str(cause):
                 return OSError(code, text)
     return None

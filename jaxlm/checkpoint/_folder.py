@@ -1,7 +1,8 @@
 """What lies on the disk. A checkpoint is a folder named after its step; what has another name counts for nothing.
 
-`12` is whole, `12.unfinished` is being written or removed, `12.damaged-1` was set aside. In each the manifest says
-which files there are, which leaves they hold, and the fingerprint of each leaf.
+`12` is whole, `12.unfinished` is being written or removed, `12.damaged-1` was set aside, and `12.rewound` will be
+removed once the run has saved anew. In each the manifest says which files there are, which leaves they hold, and the
+fingerprint of each leaf.
 """
 
 import json
@@ -38,7 +39,7 @@ def whole(folder: Path) -> list[int]:
 
 def aside(folder: Path) -> list[str]:
     """The names of those that were set aside."""
-    return sorted(path.name for path in folder.glob("*.damaged-*"))
+    return sorted(path.name for suffix in ("damaged-*", "rewound") for path in folder.glob(f"*.{suffix}"))
 
 
 def unfinished(folder: Path, step: int) -> Path:
@@ -46,9 +47,11 @@ def unfinished(folder: Path, step: int) -> Path:
     return folder / f"{step}.unfinished"
 
 
-def sweep(folder: Path) -> None:
-    """Removes what was left unfinished."""
-    for path in folder.glob("*.unfinished"):
+def sweep(folder: Path, what: str = "unfinished") -> None:
+    """Removes what was left unfinished, or was rewound."""
+    for path in folder.glob(f"*.{what}"):
+        if path.is_symlink():
+            path.unlink()
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -102,6 +105,11 @@ def remove(folder: Path, step: int) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def rewind(folder: Path, step: int) -> None:
+    """Lets a checkpoint count for nothing, until `sweep` removes it."""
+    (folder / str(step)).rename(folder / f"{step}.rewound")
+
+
 def set_aside(folder: Path, step: int) -> str:
     """Renames a damaged checkpoint, so that it counts for nothing, and returns its new name."""
     taken = set(aside(folder))
@@ -148,12 +156,14 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _entries(Path(entry.path))
-            else:
-                yield entry
+    folders = [os.fspath(path)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    yield entry
 
 
 def _checksum(path: Path, size: int) -> str | None:

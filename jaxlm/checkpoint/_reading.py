@@ -173,6 +173,6 @@ def report(text: str) -> None:
 def none_whole(folder: Path, names: list[str]) -> str:
     """The message for where nothing can be restored."""
     return (
-        f"{folder} has no checkpoint that is whole, but {', '.join(names)}; bring one back from a copy, or start anew "
-        "in another folder"
+        f"{folder} has no checkpoint that is whole, but {', '.join(names)}; bring one back from a copy, name one "
+        "back that was rewound, or start anew in another folder"
     )

@@ -26,7 +26,7 @@ from jaxlm import files
 from jaxlm.data.corpus import BLOCK, FORMAT, KINDS, SPLITS, Split
 from jaxlm.data.sources import Shard, UnreadableError
 from jaxlm.data.text import Document, python_library
-from jaxlm.data.tokenizers import Tokenizer, save_tokenizer, write_file
+from jaxlm.data.tokenizers import Tokenizer, save_tokenizer
 
 PART = 2**24  # bytes of text, stored as it may be, after which a part ends
 CHUNK = 2**18  # tokens that are in memory at once when parts are joined, unless a document has more
@@ -186,7 +186,7 @@ def _write_part(folder: Path, tokenizer: Tokenizer, skip_unreadable: bool, group
     written = Path(tempfile.mkdtemp(dir=folder, prefix=f"{part.name}-"))
     try:
         manifest = _write_documents(written, tokenizer, skip_unreadable, group)
-        write_file(written / "manifest.json", json.dumps({**manifest, "checksum": _checksum(written, manifest)}))
+        files.write_whole(written / "manifest.json", json.dumps({**manifest, "checksum": _checksum(written, manifest)}))
         written.rename(part)
     finally:
         shutil.rmtree(written, ignore_errors=True)
@@ -318,7 +318,7 @@ def _join(folder: Path, parts: list[Path], tokenizer: Tokenizer, heldout: float,
         "dropped": copies if drop_duplicates else 0,
         **splits,
     }
-    write_file(folder / "manifest.json", files.signed(manifest))
+    files.write_whole(folder / "manifest.json", files.signed(manifest))
 
 
 def _repeated(parts: list[Path]) -> tuple[int, UInt64[np.ndarray, " R"]]:

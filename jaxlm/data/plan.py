@@ -24,6 +24,7 @@ from jaxlm.stages import Stage
 
 Lengths = Int[np.ndarray, " D"]
 
+VERSION = 1  # to be raised when the same plan comes to have other batches, as tests/data/test_plan.py will notice
 KEPT = 8  # parts whose beginnings are remembered, for going back a little
 _PLANNING = threading.RLock()  # one thread may prepare batches while another evaluates
 
@@ -104,7 +105,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Differs if any batch does."""
         stages = [dataclasses.asdict(stage) for stage in self.stages]
-        about = [self.place.__name__, stages, self.seed, self.passes, list(self.documents)]
+        about = [VERSION, self.place.__name__, stages, self.seed, self.passes, list(self.documents)]
         digest = hashlib.sha256(json.dumps(about).encode())
         for documents in self.documents.values():
             digest.update(documents.tobytes())

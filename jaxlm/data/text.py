@@ -30,11 +30,12 @@ def text_files(
     Args:
         folder: where.
         suffixes: how the names of wanted files end.
-        leave_out: names of folders not to look into.
+        leave_out: names of folders and files to leave out.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no file has one of the suffixes; or at its turn, a file of more than 1 GiB.
+        ValueError: no file has one of the suffixes, or one is a link out of the folder; or at its turn, a file of more
+            than 1 GiB.
     """
     given, folder, suffixes = os.fspath(folder), Path(folder), tuple(suffixes)
     if not folder.is_dir():
@@ -42,8 +43,11 @@ def text_files(
     found: list[Path] = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in leave_out]
-        paths = (Path(parent, name) for name in files if name.endswith(suffixes))
+        paths = (Path(parent, name) for name in files if name.endswith(suffixes) and name not in leave_out)
         found += [path for path in paths if path.is_file()]
+    for path in found:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} is a link to {path.resolve()}, out of the folder; put the file itself there")
     if not found:
         raise ValueError(f"{folder} has no text: no file in it ends in one of {suffixes}")
     names = sorted(file.relative_to(folder) for file in found)
@@ -60,5 +64,7 @@ def _content(file: Path) -> bytes:
 
 def python_library() -> Iterator[Document]:
     """The sources of the running Python's standard library without its tests: 11 MB of text that is always there."""
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return text_files(sysconfig.get_paths()["stdlib"], [".py"], leave_out=left_out)
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    links = {path.name for path in folder.glob("*.py") if path.is_symlink()}  # Debian's into /etc
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", *links}
+    return text_files(folder, [".py"], leave_out=left_out)

@@ -228,15 +228,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None
     """Writes what `tokenizer_of` needs, if that is more than a name, into a folder."""
     os.makedirs(folder, exist_ok=True)
     for name, content in getattr(tokenizer, "files", {}).items():
-        write_file(Path(folder) / name, content)
-
-
-def write_file(path: Path, content: str) -> None:
-    """Writes a file and waits until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        files.write_whole(Path(folder) / name, content)
 
 
 def _end_beside(file: Path) -> str:

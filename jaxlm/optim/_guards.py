@@ -1,6 +1,7 @@
 """What stands around an optimizer: clipping, skipping, the scale of the loss, averaging."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, TypeVar
 
 import jax
@@ -47,7 +48,8 @@ class SkipState(NamedTuple):
 
 
 def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Leaves parameters and all state as they are, bit for bit, where a gradient has an infinite or undefined norm.
+    """Leaves parameters and all state as they are, bit for bit, where a gradient has an infinite or undefined norm, or
+    the loss is infinite or undefined, if the update is told its `value`, as `train.make_step` does.
 
     So the schedule doesn't advance either. The test is the global norm in float32: gradients beyond 1e19 fail it too.
     It is meant to be outermost, around a whole chain: what comes after it must not change updates of -0.
@@ -64,11 +66,16 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
         return SkipState(tx.init(params), jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: SkipState, params: Any = None, **extra: Any) -> tuple[Any, SkipState]:
-        fine = jnp.isfinite(tree.norm(updates))
+        fine = _finite(updates, extra)
         updates, inner = _update_if(fine, tx, updates, state.inner, params, extra)
         return updates, SkipState(inner, state.skipped + (~fine).astype(jnp.int32))
 
     return transformation(init, update)
+
+
+def _finite(updates: Any, extra: Mapping[str, Any]) -> jax.Array:
+    """Whether the norm of the gradients is, and the loss, which may be infinite where its gradient is not."""
+    return jnp.isfinite(tree.norm(updates)) & jnp.isfinite(extra.get("value", 0.0))
 
 
 def _update_if(fine: jax.Array, tx: Any, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
@@ -108,7 +115,7 @@ def dynamic_loss_scale(
 
     As in https://arxiv.org/abs/1710.03740, section 3.2. It doesn't scale: `precision.scale_loss` does, to which
     `train.make_step` passes the scale on, and undoes it, so that all here are true gradients. Where their global norm
-    is infinite or undefined, parameters and all other state are left as they are, as by `skip_nonfinite`.
+    or the loss is infinite or undefined, parameters and all other state are left as they are, as by `skip_nonfinite`.
 
     A run that overflows at the smallest scale again and again has another problem than range: its scale becomes 0, no
     update is taken any more, and `train.fit` ends it with an error.
@@ -141,7 +148,7 @@ def dynamic_loss_scale(
 
     def update(updates: Any, state: LossScaleState, params: Any = None, **extra: Any) -> tuple[Any, LossScaleState]:
         scale = state.loss_scale
-        fine = jnp.isfinite(tree.norm(updates)) & (scale > 0)
+        fine = _finite(updates, extra) & (scale > 0)
         updates, inner = _update_if(fine, tx, updates, state.inner, params, extra)
         clean = jnp.where(fine, state.clean + 1, 0)
         stuck = jnp.where(~fine & (scale <= smallest), state.stuck + 1, 0)

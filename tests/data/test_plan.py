@@ -1,5 +1,6 @@
 """Plans: what batches hold, whatever the lengths of the documents."""
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm import data
-from jaxlm.data.plan import Plan, Rows
+from jaxlm.data.plan import VERSION, Plan, Rows
 from jaxlm.stages import Stage
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 20), st.integers(0, 400)), min_size=1, max_size=60).map(lambda x: [*x, 7])
@@ -215,6 +216,34 @@ def test_without_weights_corpora_end_together() -> None:
     found = data.describe(data.pack(lengths, [16, 64], 1024))
     assert [corpus["epochs"] for corpus in found.corpora.values()] == pytest.approx([1, 1], abs=0.25)
     assert found.corpora["a"]["share"] == pytest.approx(3000 / 4650, abs=0.05)
+
+
+def test_the_same_plan_has_the_same_batches_in_each_version() -> None:
+    """Or runs that go on would learn other batches. Where it has others on purpose, `plan.VERSION` must be raised."""
+    rng = np.random.Philox(7)
+    lengths = 1 + (rng.random_raw(300) % 90).astype(np.int64)
+    stages = [
+        Stage([8, 32], 256, until_tokens=2_000, weights={"a": 1, "b": 2}),
+        Stage([16, 64], 512, weights={"a": 3, "b": 1}),
+    ]
+    plans = {name: make(lengths, [16, 64], 512, 3) for name, make in MAKERS.items()}
+    plans["stages"] = data.make_plan({"a": lengths, "b": lengths[:50]}, stages, data.best_fit, seed=3)
+    expected = {
+        "pack": "224b7f8c2f945f58",
+        "bucket": "180dcc4edfd399e6",
+        "pad": "086d11cbc0d58b8b",
+        "concat": "dca116294017a396",
+        "stages": "74602a6d53c65456",
+    }
+    assert plans.keys() == expected.keys()
+    for name, plan in plans.items():
+        digest = hashlib.sha256()
+        for rows in batches_of(plan, 40):
+            digest.update(repr((rows.num_rows, rows.row_length)).encode())
+            for part in (*(rows.pieces[field] for field in ("source", "start", "length")), rows.row, rows.at):
+                digest.update(part.astype(np.int64).tobytes())
+        assert digest.hexdigest()[:16] == expected[name]
+    assert VERSION == 1
 
 
 def test_fingerprint_is_of_the_batches() -> None:

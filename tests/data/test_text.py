@@ -27,6 +27,18 @@ def test_text_files_are_in_order_of_their_names(tmp_path: Path) -> None:
     assert [document.name for document in data.text_files(tmp_path, [".bin", ".py"])] == ["b.py", "d.bin"]
 
 
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    (tmp_path / "folder" / "b.txt").symlink_to("a.txt")
+    (tmp_path / "folder" / "c.txt").symlink_to("../secret")
+    with pytest.raises(ValueError, match=r"c.txt is a link to .*secret, out of the folder"):
+        data.text_files(tmp_path / "folder")
+    found = list(data.text_files(tmp_path / "folder", leave_out=["c.txt"]))
+    assert [(document.name, document.text) for document in found] == [("a.txt", b"a"), ("b.txt", b"a")]
+
+
 def test_text_files_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     make_files(tmp_path, ["a.txt", "b.txt"])
     documents = data.text_files(tmp_path)

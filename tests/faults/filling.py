@@ -70,8 +70,9 @@ def trial(pretrain: kills.ModuleType, disk: Path, text: Path, free: int) -> tupl
     ballast.unlink()
     os.kill(child, signal.SIGCONT)
     ended = 0
-    while kills.end(child, None, run)[0]:  # three saves in a row have failed, before this has freed the disk
-        assert "No space left" in told.read_text(), told.read_text()
+    while code := kills.end(child, None, run)[0]:  # three saves in a row have failed, before this has freed the disk
+        assert code == 75, told.read_text()
+        assert "No space left" in told.read_text()
         child, ended = kills.begin(pretrain, disk, text), ended + 1
         assert ended < 3, told.read_text()
     return told.read_text().count("was not saved"), ended

@@ -122,7 +122,6 @@ def attempt(run: Run, rng: random.Random | None) -> dict[str, Any]:
     seconds, told = time.monotonic() - training, run.told.read_bytes()[size:].decode(errors="replace")
     assert fault or set(codes) == {0}, (codes, told[-4000:])
     allowed = {0, 75, -signal.SIGKILL}
-    allowed |= {1} if fault == "fill" and "No space left" in told else set()
     allowed |= {-signal.SIGABRT} if fault == "kill one" and what == "SIGKILL to 0" else set()  # which all hear through
     over = f"{STEPS}/{STEPS}" in told  # all is saved, and signals are held back no more
     if over and fault in ("fill", "tell one"):

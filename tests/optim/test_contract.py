@@ -231,6 +231,17 @@ def test_a_nonfinite_gradient_can_be_skipped_without_a_trace(name: str):
         assert skipped.skipped == 1
 
 
+@pytest.mark.parametrize("guard", [optim.skip_nonfinite, optim.dynamic_loss_scale])
+def test_a_nonfinite_loss_is_skipped_though_its_gradient_is_finite(guard: Any):
+    """As that of a cross-entropy is where the target's logit is minus infinity."""
+    tx = guard(optim.adamw(1e-3))
+    params = tree_of(0)
+    for loss, skipped in ((1.0, 0), (jnp.nan, 1), (jnp.inf, 1)):
+        updates, state = jax.jit(tx.update)(tree_of(1), tx.init(params), params, value=jnp.float32(loss))
+        assert state.skipped == skipped
+        assert bool(optax.tree.norm(updates) == 0) == bool(skipped)
+
+
 SPECS = {
     "blocks": {
         "kernel": PartitionSpec(None, None, "data"),
