@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from states import ABOUT, MODEL, names, same, save, state_at
 
 from jaxlm import checkpoint, files, fingerprint, models, sharding
 from jaxlm.checkpoint import _folder, _reading
-from jaxlm.checkpoint._folder import DamagedError
 
 
 def test_restores_the_newest_bit_for_bit_and_keeps_as_many_as_asked(tmp_path: Path) -> None:
@@ -319,39 +317,6 @@ def test_a_container_has_the_memory_that_it_is_given(
     (tmp_path / limit).write_text("10\n")
     with pytest.raises(RuntimeError, match="this machine's memory has 10"):
         checkpoint.load_params(tmp_path / "checkpoints")
-
-
-def test_an_error_of_reading_that_passes_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (1, 2):
-        save(tmp_path, step)
-    read, errors = _folder.read, [DamagedError("a file can't be read: Input/output error")]
-
-    def now_and_then(folder: Path, step: int) -> Any:
-        if errors:
-            raise errors.pop()
-        return read(folder, step)
-
-    monkeypatch.setattr(_folder, "read", now_and_then)
-    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-        restored = checkpoints.restore(state_at(0))
-    assert restored is not None
-    assert same(restored, state_at(2))
-    assert names(tmp_path) == ["1", "2"]
-
-
-def test_folders_within_folders_without_end_are_damage(tmp_path: Path) -> None:
-    for step in (1, 2):
-        save(tmp_path, step)
-    here = os.open(tmp_path / "2", os.O_RDONLY)
-    for _ in range(3000):
-        os.mkdir("d", dir_fd=here)
-        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
-        os.close(above)
-    os.close(here)
-    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-        restored = checkpoints.restore(state_at(0))
-    assert restored is not None
-    assert same(restored, state_at(1))
 
 
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from jaxlm import distributed
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import DamagedError, Json
 from jaxlm.fingerprint import copies, copies_agree, fingerprints
-from jaxlm.tree import nbytes
+from jaxlm.tree import named_leaves, nbytes
 from jaxlm.types import Params
 
 T = TypeVar("T")
@@ -123,6 +123,10 @@ def load(path: Path, like: Json) -> Json:
 
 def check(manifest: Json, loaded: Json) -> None:
     """Refuses arrays that aren't what was saved, and names the first."""
+    for name, leaf in named_leaves(loaded).items():
+        saved, found = manifest["leaves"][name][:2], [str(leaf.dtype), list(leaf.shape)]
+        if found != saved:  # such as a key that is read as its bits, where it isn't said to be one
+            raise DamagedError(f"{name} is read as {found}, and was {saved} when it was saved")
     for name, found in fingerprints(loaded).items():
         saved = manifest["leaves"][name][2]
         if found != saved:

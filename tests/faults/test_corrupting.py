@@ -6,8 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from states import ABOUT, names, same, save, state_at
+
+from jaxlm import checkpoint
+from jaxlm.checkpoint import _folder
+from jaxlm.checkpoint._folder import DamagedError
 
 ROOT = Path(__file__).parents[2]
 SEED = 0
@@ -39,3 +46,55 @@ def test_a_thousand_kinds_of_damage_and_each_kind_to_each_file() -> None:
     found = outcomes("--trials=1000", "--each")
     assert sum(counts.total() for counts in found.values()) > 2000
     assert all(counts["older"] > 800 for counts in found.values())
+
+
+def test_a_key_that_is_read_as_its_bits_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Orbax does where a bit of its `array_metadatas` has flipped."""
+    monkeypatch.setattr(_folder, "SMALL", -1)  # that file has no checksum
+    states = [state_at(step)._replace(opt_state={"key": jax.random.key(step)}) for step in (1, 2)]
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        for state in states:
+            checkpoints.save(state)
+    path = tmp_path / "2" / "rest" / "array_metadatas" / "process_0"
+    path.write_text(path.read_text().replace("random_key_impl", "random_kay_impl"))
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        restored = checkpoints.restore(states[1])
+    assert restored is not None
+    assert restored.step == 1
+    assert jax.random.key_data(restored.opt_state["key"]).tolist() == [0, 1]
+
+
+def test_an_error_of_reading_that_passes_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    read, errors = _folder.read, [DamagedError("a file can't be read: Input/output error")]
+
+    def now_and_then(folder: Path, step: int) -> Any:
+        if errors:
+            raise errors.pop()
+        return read(folder, step)
+
+    monkeypatch.setattr(_folder, "read", now_and_then)
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        restored = checkpoints.restore(state_at(0))
+    assert restored is not None
+    assert same(restored, state_at(2))
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_folders_within_folders_without_end_are_damage(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    here = os.open(tmp_path / "2", os.O_RDONLY)
+    for _ in range(2500):
+        os.mkdir("d", dir_fd=here)
+        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    try:
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+            restored = checkpoints.restore(state_at(0))
+        assert restored is not None
+        assert same(restored, state_at(1))
+    finally:  # which is more than pytest can
+        subprocess.run(["rm", "-rf", tmp_path], check=True)

@@ -36,7 +36,8 @@ def check(kind: str, trials: int) -> None:
         assert len(found) == len(calls["calls"])
 
 
-@pytest.mark.parametrize(("kind", "trials"), [("kill", 2), ("full", 1)])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("kind", "trials"), [("kill", 2), ("full", 1), ("ENOSPC", 1), ("EIO", 1)])
 def test_a_sample_of_calls(kind: str, trials: int) -> None:
     check(kind, trials)
 
