@@ -37,9 +37,10 @@ def open_run(
 ) -> Path:
     """Makes the folder of a run, or checks that it is this run's if that has begun.
 
-    The folder is held until the process ends: a second start is refused before it touches anything. It gets
-    `config.json` and a copy of the source that made it; later `note_start` and `Log` add to it. Passwords and tokens in
-    URLs are left out.
+    The folder is held until the process ends: a second start is refused before it touches anything. What a command with
+    other options has made there is removed if it ended before it trained; the same command goes on with it. The folder
+    gets `config.json` and a copy of the source that made it; later `note_start` and `Log` add to it. Passwords and
+    tokens in URLs are left out.
 
     Args:
         folder: where.
