@@ -28,12 +28,14 @@ def newest(run: Path) -> int:
 
 def supervise(run: Path, command: list[str]) -> int:
     asked: list[int] = []
+    passed: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: Any) -> None:
         del frame
         asked.append(number)
         if child is not None:
+            passed.append(number)
             child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -41,8 +43,8 @@ def supervise(run: Path, command: list[str]) -> int:
     fruitless, before, starts = 0, newest(run), 0
     while True:
         child, starts = subprocess.Popen(command, start_new_session=True), starts + 1
-        for number in asked[:1]:  # while it was being started
-            child.send_signal(number)
+        if asked and not passed:  # it came while the run was being started; twice would end that at once
+            child.send_signal(asked[0])
         code, after = child.wait(), newest(run)
         child = None
         # A shell gives 128 + N for signal N.

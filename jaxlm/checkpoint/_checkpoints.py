@@ -16,9 +16,19 @@ from orbax.checkpoint import v1 as ocp
 from jaxlm import distributed, files
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import Json
-from jaxlm.checkpoint._reading import causes, check, check_copies, load, none_whole, or_damage, report, report_damage
+from jaxlm.checkpoint._reading import (
+    causes,
+    check,
+    check_copies,
+    load,
+    none_whole,
+    or_damage,
+    report,
+    report_damage,
+    shapes,
+)
 from jaxlm.fingerprint import begin_fingerprints, copies_agree, read_fingerprints
-from jaxlm.tree import named_leaves, nbytes
+from jaxlm.tree import nbytes
 from jaxlm.types import TrainState
 
 FAILURES: Final = 3
@@ -130,7 +140,7 @@ class Checkpoints:
         if isinstance(response, OSError):
             self._saving = step, _future_of(response)
         else:
-            self._saving = step, self._background.submit(self._finish, step, _shapes(parts), sums, response)
+            self._saving = step, self._background.submit(self._finish, step, shapes(parts), sums, response)
 
     def _finish(self, step: int, shapes: Json, sums: dict[str, jax.Array], response: Any) -> None:
         """Waits until all arrays are written, and lets them count. It runs in the background."""
@@ -258,7 +268,7 @@ class Checkpoints:
         if manifest is None:
             return None, damage
         _check_same(step, _flat(manifest["about"]), _flat(self._about))
-        _check_same(step, {name: leaf[:2] for name, leaf in manifest["leaves"].items()}, _shapes(like))
+        _check_same(step, {name: leaf[:2] for name, leaf in manifest["leaves"].items()}, shapes(like))
         loaded, damage = or_damage(load, self._folder / str(step), like)
         damage = next(filter(None, distributed.exchange(damage)), None)
         if loaded is not None and damage is None:
@@ -306,11 +316,6 @@ class Checkpoints:
 def _parts(state: TrainState) -> Json:
     """What is saved under names of their own, so that the parameters can be read alone. None may be without a leaf."""
     return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
-
-
-def _shapes(parts: Json) -> Json:
-    """The dtype and shape of each leaf, as JSON: `{"params/embed": ["float32", [258, 128]]}`."""
-    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(parts).items()}
 
 
 def _check_same(step: int, saved: Json, expected: Json) -> None:

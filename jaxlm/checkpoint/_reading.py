@@ -121,10 +121,15 @@ def load(path: Path, like: Json) -> Json:
     raise DamagedError(damage)
 
 
+def shapes(parts: Json) -> Json:
+    """The dtype and shape of each leaf, as JSON: `{"params/embed": ["float32", [258, 128]]}`."""
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(parts).items()}
+
+
 def check(manifest: Json, loaded: Json) -> None:
     """Refuses arrays that aren't what was saved, and names the first."""
-    for name, leaf in named_leaves(loaded).items():
-        saved, found = manifest["leaves"][name][:2], [str(leaf.dtype), list(leaf.shape)]
+    for name, found in shapes(loaded).items():
+        saved = manifest["leaves"][name][:2]
         if found != saved:  # such as a key that is read as its bits, where it isn't said to be one
             raise DamagedError(f"{name} is read as {found}, and was {saved} when it was saved")
     for name, found in fingerprints(loaded).items():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
-from jaxlm.data.text import LARGEST_DOCUMENT, Document
+from jaxlm.data.text import LARGEST_DOCUMENT, Document, refuse_link_out
 from jaxlm.files import redacted
 from jaxlm.optional import optional
 
@@ -160,8 +160,8 @@ def _local_files(path: str, leave_out: Collection[str]) -> Iterator[_File]:
 
 
 def _describe_local(file: Path, inside: Path | None = None) -> tuple[str, int]:
-    if inside and not file.resolve().is_relative_to(inside):
-        raise ValueError(f"{file} is a link to {file.resolve()}, out of the folder; put the file itself there")
+    if inside:
+        refuse_link_out(file, inside)
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{file} is not a regular file; remove it or leave it out")

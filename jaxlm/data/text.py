@@ -45,13 +45,19 @@ def text_files(
         folders[:] = [name for name in folders if name not in leave_out]
         paths = (Path(parent, name) for name in files if name.endswith(suffixes) and name not in leave_out)
         found += [path for path in paths if path.is_file()]
+    inside = folder.resolve()
     for path in found:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{path} is a link to {path.resolve()}, out of the folder; put the file itself there")
+        refuse_link_out(path, inside)
     if not found:
         raise ValueError(f"{folder} has no text: no file in it ends in one of {suffixes}")
     names = sorted(file.relative_to(folder) for file in found)
     return (Document(name.as_posix(), _content(folder / name)) for name in names)
+
+
+def refuse_link_out(file: Path, inside: Path) -> None:
+    """Raises a `ValueError` if a file isn't inside a folder, of which links are resolved, but behind a link there."""
+    if not file.resolve().is_relative_to(inside):
+        raise ValueError(f"{file} is a link to {file.resolve()}, out of the folder; put the file itself there")
 
 
 def _content(file: Path) -> bytes:
