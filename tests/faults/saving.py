@@ -141,7 +141,7 @@ def judge(kind: str, ours: bool, ended: int, saved: Any, found: Any, digests: di
         wrong = found["step"] != 2
     else:
         wrong = "raised" in saved or found["step"] != 4 or any("unfinished" in name for name in saved["left"])
-        wrong |= ours and saved["third"]
+        wrong |= ours and saved.get("third", False)
     wrong |= found["step"] != max(found["whole"]) or found["state"] != digests[str(found["step"])]
     wrong |= found["last"] != digests[str(LAST)] or any(not name.isdecimal() for name in found["left"])
     return f"{ended} {saved} {found}" if wrong else ""
