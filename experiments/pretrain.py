@@ -129,9 +129,10 @@ def main(config: Config) -> None:
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint, "run": kept}
     to, rates = folder if first else None, np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
-    keep = 2 + bool(config.spikes) * SPIKE // config.save_every
+    pauses, keep = range(0, config.steps, config.save_every), 2 + bool(config.spikes) * SPIKE // config.save_every
     saved = checkpoint.Checkpoints(folder / "checkpoints", about, keep=keep)
-    with watching(folder / f"stacks-{jax.process_index()}.txt", seconds=config.patience) as watch:
+    patience = config.patience if debug is None else np.inf
+    with watching(folder / f"stacks-{jax.process_index()}.txt", seconds=patience) as watch:
 
         def bits_per_byte(params: object, count: int) -> float:
             some = watch.each("evaluating on held-out batch", range(min(count, len(unseen))))
@@ -139,17 +140,17 @@ def main(config: Config) -> None:
 
         with distributed.stop_signals() as stop, saved as checkpoints:
             if debug is not None:
-                state = checkpoints.restore(state, until=debug - 1) or state
+                state = checkpoints.restore(state, until=debug - 1, watch=watch) or state
                 for i in watch.each("taking again the step on batch", range(int(state.step), debug - 1)):
                     state, _ = step(state, place(batches[i]))
                 batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
                 found = first_nan(alone, sharding.to_host(state.params), batch, jax.random.fold_in(step_key, debug - 1))
                 print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
                 return
-            state = checkpoints.restore(state) or state
+            state = checkpoints.restore(state, watch=watch) or state
             done = int(state.step)
             by_first(lambda: metrics.note_start(folder, done, data=batches.fingerprint, skips=skips))
-            glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done % config.save_every == 0 else {}
+            glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done in pauses else {}
             if glance and done:  # where it was interrupted before it was said
                 checkpoints.score(done, glance["heldout"])
             given = data.iterate(batches, start=done, place=place)
@@ -163,10 +164,9 @@ def main(config: Config) -> None:
                     for state, measured in taken:
                         log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
                         done, glance = done + 1, {}
-                        if done % config.save_every == 0 and done < config.steps:
+                        if done in pauses:
                             watch(f"saving step {done}")
-                            log.sync()
-                            checkpoints.save(state)
+                            checkpoints.save(state, after=log.sync)
                             glance = {"heldout": bits_per_byte(state.params, GLANCE)}
                             checkpoints.score(done, glance["heldout"])
                             log.restart_clock()
@@ -175,12 +175,12 @@ def main(config: Config) -> None:
                     skips = batches.without(back, spike.step + SPIKE).skip
                     by_first(lambda: write_whole(folder / "skips.json", signed({"batches": skips})))
                     print(f"{spike}: back to step {back}, without the batches {skips}. The same command goes on")
-                    sys.exit(75)
+                    sys.exit(distributed.RESTART)
             watch(f"saving step {done}")
             checkpoints.save(state)
         if done < config.steps:
             print(f"Stopped after step {done} and saved. To go on: {redacted(shlex.join([sys.executable, *sys.argv]))}")
-            sys.exit(75)
+            sys.exit(distributed.RESTART)
         found, params = bits_per_byte(state.params, len(unseen)), sharding.to_host(state.params)
     if first:
         text = heldout.text(tokenizer)

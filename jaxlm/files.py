@@ -20,8 +20,11 @@ DEEPEST: Final = 100
 NAME: Final = re.compile(r"\w[\w.=+,-]{0,99}(/\w[\w.=+,-]{0,99}){0,9}")
 """What `within` takes: no part of it begins with a dot, and none is empty."""
 
-DISK_ERRORS: Final = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)}
-"""What the system says of a disk that is full or fails, by its number: what may be over when a run is started again."""
+DISK_ERRORS: Final = {
+    code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+}
+"""What the system says of a disk that is full or fails, by its number: what may be over when a run is started again.
+Linux makes a file system read-only once it has failed."""
 
 LARGEST: Final = 2**27
 """Bytes that a file may have which is read whole: no manifest or vocabulary has nearly as many, another file may."""

@@ -12,9 +12,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
@@ -23,6 +23,7 @@ from jaxlm import files
 
 T = TypeVar("T")
 
+CONFIG = "config.json"
 ROOM = 2**20
 """Bytes of lines that are kept while the disk is full: some thousand steps."""
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -62,27 +63,31 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     files.lock(folder)
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    saved = files.read_json(folder / "config.json") if (folder / "config.json").exists() else None
-    if saved is not None and saved != config and saved.keys() == config.keys() and not begun:
-        saved = None
-        for path in folder.iterdir():  # of a command that was refused
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != files.LOCK:
-                path.unlink()
-    if saved is not None:
-        for name in {**saved, **config}:
-            if saved.get(name) != config.get(name) and name not in free:
-                raise ValueError(
-                    f"{folder} belongs to another configuration: {name:.80} is {saved.get(name)!r:.200} there and "
-                    f"{config.get(name)!r:.200} here; give the run another name or delete the folder"
-                )
-        if saved != config:
-            files.write_whole(folder / "config.json", json.dumps(config, indent=1))
-        return folder
-    files.write_whole(folder / Path(source).name, Path(source).read_text())
-    files.write_whole(folder / "config.json", json.dumps(config, indent=1))
+    saved = files.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    names = {**saved, **config} if saved else {}
+    other = [name for name in names if name not in free and saved.get(name) != config.get(name)]
+    if other and (begun or saved.keys() != config.keys()):
+        raise ValueError(
+            f"{folder} belongs to another configuration: {other[0]:.80} is {saved.get(other[0])!r:.200} there and "
+            f"{config.get(other[0])!r:.200} here; give the run another name or delete the folder"
+        )
+    if other:
+        _clear(folder)
+    if other or not saved:
+        files.write_whole(folder / Path(source).name, Path(source).read_text())
+    if not saved or saved != config:
+        files.write_whole(folder / CONFIG, json.dumps(config, indent=1))
     return folder
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a command made that was ended before it trained, but for what tells of that: all can be repeated."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if next(path.rglob(CONFIG), None) is None:  # else it holds other runs
+                shutil.rmtree(path)
+        elif path.name not in (files.LOCK, CONFIG):
+            path.unlink()
 
 
 def note_start(folder: str | os.PathLike[str], step: int, **about: Any) -> None:
@@ -134,6 +139,7 @@ class Log:
         kept = [_keep_until(path, step) for path in paths]
         self._files = [path.open("ab", ROOM) for path in paths]
         self._failed = False
+        self._lost: OSError | None = None
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._last = time.perf_counter()
         self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
@@ -149,8 +155,14 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError as error:
+            if exception is None:
+                raise
+            # Which is the one to see.
+            print(f"metrics are not all written: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Writes what has been taken, waits until it is on the disk, and closes the files."""
@@ -168,10 +180,22 @@ class Log:
         self._pending = (step, metrics)
 
     def sync(self) -> None:
-        """Writes what has been taken, and waits until it is on the disk; to be called before a checkpoint is saved."""
+        """Writes what has been taken, and waits until it is on the disk: `Checkpoints.save(state, after=log.sync)`.
+
+        Raises:
+            OSError: the disk is full, or fails. Once it has failed to keep what was written it does so each time, for
+                the system may have dropped that: go on from the last checkpoint, in a new process.
+        """
         self.flush()
-        if not self._failed:
-            self._do(lambda file: os.fsync(file.fileno()))
+        if self._lost:
+            raise self._lost
+        for file in self._files:
+            file.flush()
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                self._lost = error
+                raise
 
     def flush(self) -> None:
         """Writes what has been taken, once the device has computed it."""
@@ -183,21 +207,18 @@ class Log:
         timing = {"seconds": round(now - self._last, 6), "waited": round(waited, 6)}
         for file, line in zip(self._files, (values, timing), strict=True):
             file.write((json.dumps({"step": step, **line}) + "\n").encode())
-        self._do(lambda file: file.flush())  # what it can't write it keeps
-        self._recent.append((values.get("weight", 0.0), now - self._last))
-        self._last = now
-        self._latest |= values
-        self._show(step, in_full="heldout" in values)
-
-    def _do(self, work: Callable[[BinaryIO], None]) -> None:
         failed, self._failed = self._failed, False
         for file in self._files:
             try:
-                work(file)
+                file.flush()  # what it can't write it keeps
             except OSError as error:
                 if not failed and not self._failed:
                     print(f"metrics stay in memory for now: {file.name}: {error.strerror}", file=sys.stderr, flush=True)
                 self._failed = True
+        self._recent.append((values.get("weight", 0.0), now - self._last))
+        self._last = now
+        self._latest |= values
+        self._show(step, in_full="heldout" in values)
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time that each is waited for is noted beside its step's."""

@@ -44,8 +44,8 @@ while True:
         since = now
     elif now - since > limit:
         print(f"watchdog: process {process} made no progress for {limit:g} s, since it was {last}. It is ended by "
-              f"SIGABRT (exit code 134: start it again); where its threads were is in {stacks}", file=sys.stderr,
-              flush=True)
+              f"SIGABRT (exit code 134: start it again); where its threads were is in {stacks}, which is then named "
+              "*.previous", file=sys.stderr, flush=True)
         os.kill(process, signal.SIGABRT)
         if not select.select([0], [], [], 4)[0]:
             os.kill(process, signal.SIGKILL)
@@ -101,7 +101,8 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
     `distributed.leaving_together`.
 
     Args:
-        stacks: the file, which is left only if the process was ended so; each process needs its own.
+        stacks: the file, which is left only if the process was ended so, and renamed to `*.previous` when it is started
+            again; each process needs its own.
         seconds: longer than anything that happens between two things said.
 
     Raises:
@@ -116,6 +117,8 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
             "--init, or Kubernetes' shareProcessNamespace)",
             file=sys.stderr,
         )
+    if path.exists() and path.stat().st_size:
+        path.replace(f"{path}.previous")
     with create(path) as file:
         faulthandler.enable(file)
         watcher = subprocess.Popen(

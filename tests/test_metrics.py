@@ -1,5 +1,7 @@
 """A run's record: the same lines however often the run was interrupted."""
 
+import errno
+import functools
 import json
 import os
 import sys
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from states import ABOUT, state_at
 
-from jaxlm import metrics
+from jaxlm import checkpoint, metrics
 
 
 def lines(folder: Path, name: str = "metrics") -> list[dict[str, float]]:
@@ -110,19 +113,24 @@ def test_what_is_free_may_change_and_is_recorded(tmp_path: Path) -> None:
 def test_a_folder_whose_run_has_not_begun_is_made_anew(tmp_path: Path) -> None:
     metrics.open_run(tmp_path / "run", {"heads": 3}, __file__)
     (tmp_path / "run" / "corpus").mkdir()
+    other = metrics.open_run(tmp_path / "run" / "wide" / "first", {"heads": 3}, __file__)
+    with pytest.MonkeyPatch.context() as patch:  # killed while it removes
+        patch.setattr("shutil.rmtree", None)
+        with pytest.raises(TypeError):
+            metrics.open_run(tmp_path / "run", {"heads": 2}, __file__)
     folder = metrics.open_run(tmp_path / "run", {"heads": 2}, __file__)
     assert json.loads((folder / "config.json").read_text()) == {"heads": 2}
     assert not (folder / "corpus").exists()
+    assert (other / "config.json").exists()  # of a run of its own
 
 
 def test_what_the_same_command_has_made_before_it_was_ended_is_kept(tmp_path: Path) -> None:
-    for _ in range(2):
-        folder = metrics.open_run(tmp_path / "run", {"heads": 3, "rows": (1, 2)}, __file__)
+    for i, rate in enumerate((1, 1, 2)):
+        config = {"heads": 3, "rows": (1, 2), "rate": rate}
+        folder = metrics.open_run(tmp_path / "run", config, __file__, free=["rate"])
         (folder / "corpus").mkdir(exist_ok=True)
-        assert [path.name for path in folder.iterdir() if path.is_dir()] == ["corpus"]
-    (folder / "corpus" / "train.bin").touch()
-    metrics.open_run(folder, {"heads": 3, "rows": (1, 2)}, __file__)
-    assert (folder / "corpus" / "train.bin").exists()
+        (folder / "corpus" / f"{i}.bin").touch()
+        assert len(list((folder / "corpus").iterdir())) == i + 1
 
 
 def test_lines_are_on_the_disk_before_a_checkpoint_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +142,45 @@ def test_lines_are_on_the_disk_before_a_checkpoint_is_saved(tmp_path: Path, monk
         assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
         assert synced == ["metrics.jsonl", "timing.jsonl"]
     assert synced == 2 * ["metrics.jsonl", "timing.jsonl"]  # and when it is closed
+
+
+def test_once_the_disk_has_dropped_lines_no_checkpoint_counts(tmp_path: Path) -> None:
+    """Linux says once that it could not keep what was written, and has forgotten both by the next time."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "run").mkdir()
+    log = metrics.Log(tmp_path / "run", 0, steps=9)
+    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", ABOUT) as checkpoints:
+        log.write(1, {"loss": 1.0})
+        checkpoints.save(state_at(1), after=log.sync)
+        checkpoints.wait()
+        for step in (2, 3):
+            log.write(step, {"loss": 1.0})
+            with pytest.MonkeyPatch.context() as patch:
+                if step == 2:
+                    patch.setattr("os.fsync", fail)
+                checkpoints.save(state_at(step), after=log.sync)
+            assert checkpoints.latest == 1
+        with pytest.raises(OSError, match="Input/output"):
+            log.close()
+        with metrics.Log(tmp_path / "run", 1, steps=9) as log:  # as a new process does
+            checkpoints.save(state_at(2), after=log.sync)
+        assert checkpoints.latest == 2
+
+
+def test_an_error_in_the_run_is_not_hidden_by_one_of_closing_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        with metrics.Log(tmp_path, 0, steps=9) as log:
+            monkeypatch.setattr(log, "sync", functools.partial(os.stat, "there is no such file"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert "metrics are not all written: [Errno 2]" in capsys.readouterr().err
 
 
 def test_nothing_is_removed_from_a_folder_that_is_no_run(tmp_path: Path) -> None:

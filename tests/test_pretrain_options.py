@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from jaxlm import files, metrics
+from jaxlm import checkpoint, files, metrics
 from jaxlm.checkpoint import _folder
+from jaxlm.types import TrainState
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "pretrain.py"
 
@@ -113,6 +114,13 @@ def test_a_checkpoint_is_saved_before_it_is_evaluated_and_gets_its_score_when_th
 ) -> None:
     config = pretrain.Config(text=str(text), **TINY, steps=3, save_every=1)
     evaluate, folder = pretrain.evaluate, tmp_path / "runs" / "pretrain" / "checkpoints"
+    save, after = checkpoint.Checkpoints.save, list[Any]()
+
+    def note(checkpoints: checkpoint.Checkpoints, state: TrainState, **given: Any) -> None:
+        after.append(given.get("after"))
+        save(checkpoints, state, **given)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", note)
 
     def fail_at_first_step(*given: Any) -> Any:
         if (tmp_path / "runs" / "pretrain" / "metrics.jsonl").exists():
@@ -123,6 +131,7 @@ def test_a_checkpoint_is_saved_before_it_is_evaluated_and_gets_its_score_when_th
     with pytest.raises(RuntimeError, match="the lights went out"):
         pretrain.main(config)
     assert _folder.whole(folder) == [1]
+    assert after[0].__func__ is metrics.Log.sync  # so that metrics are on the disk before the checkpoint is
     assert not _folder.read_scores(folder)
     monkeypatch.setattr(pretrain, "evaluate", evaluate)
     pretrain.main(config)

@@ -90,6 +90,18 @@ def test_a_signal_is_passed_on_and_nothing_is_started_again(tmp_path: Path) -> N
     assert len(list(tmp_path.glob("start-*"))) == 1
 
 
+def test_a_signal_while_it_waits_is_heard_at_once(tmp_path: Path) -> None:
+    process = supervise(tmp_path, "75")
+    assert process.stderr is not None
+    while "started again in 4 s" not in process.stderr.readline():
+        assert process.poll() is None
+    begun = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert time.monotonic() - begun < 2
+    assert process.returncode == 75
+
+
 def test_without_a_command_it_says_how_it_is_used() -> None:
     process = subprocess.run([sys.executable, SCRIPT, "run"], capture_output=True, text=True, check=False)
     assert process.returncode == 1

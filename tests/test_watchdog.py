@@ -63,6 +63,10 @@ def test_a_process_that_goes_on_is_left_alone_and_nothing_remains(tmp_path: Path
             time.sleep(0.3)
             watchdog(f"at {i}")
     assert not any(tmp_path.iterdir())
+    (tmp_path / "stacks.txt").write_text("of a run that was ended")
+    with watching(tmp_path / "stacks.txt", seconds=1):
+        pass
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of a run that was ended"]
     with pytest.raises(ValueError, match="seconds is 0"), watching(tmp_path / "stacks.txt", seconds=0):
         pass
 

@@ -18,12 +18,8 @@ srun --wait=120 .venv/bin/python experiments/pretrain.py "$@"
 code=$?
 
 # srun's code is the highest of all tasks. 1 is an error that would come again. 75 is a stop that the last checkpoint
-# goes on from, or a lost process; 134, 137, 139 and 143 are lost processes, too.
-case $code in
-  75 | 134 | 137 | 139 | 143)
-    if ((${SLURM_RESTART_COUNT:-0} < 10)); then
-      scontrol requeue "$SLURM_JOB_ID"
-    fi
-    ;;
-esac
+# goes on from, or a lost process; above 128 a process was lost too, by the signal of that number less 128.
+if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < 10)); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"

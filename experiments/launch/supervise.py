@@ -57,9 +57,11 @@ def supervise(run: Path, command: list[str]) -> int:
             return code if code >= 0 else 128 - code
         wait, before = min(2**fruitless, LONGEST_WAIT), after
         print(f"{what}; started again in {wait} s", file=sys.stderr, flush=True)
-        time.sleep(wait)
-        if asked:
-            return RESTART
+        until = time.monotonic() + wait
+        while time.monotonic() < until:
+            if asked:
+                return RESTART
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

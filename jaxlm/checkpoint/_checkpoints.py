@@ -90,7 +90,7 @@ class Checkpoints:
         self._settle()
         return max(self._steps, default=None)
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, *, after: Callable[[], object] = lambda: None) -> None:
         """Begins to save a state under its step, and returns once it is safe to donate it.
 
         Does nothing if its step is the newest one already. A save that fails for want of space, or because the disk has
@@ -101,6 +101,11 @@ class Checkpoints:
 
         What several devices hold must be the same on all: where it isn't, one of them has failed without a sign, or the
         program isn't deterministic (`--xla_gpu_deterministic_ops=true`).
+
+        Args:
+            state: what to save.
+            after: called before, by the first process: it puts on the disk what must be there once the checkpoint
+                counts, as `metrics.Log.sync` does. Where the disk fails it, nothing is saved.
 
         Raises:
             OSError: the last three saves failed so; older checkpoints are intact.
@@ -120,12 +125,14 @@ class Checkpoints:
         parts = _parts(state)
         check_copies(step, parts)
 
-        def find_room() -> None:
-            if shutil.disk_usage(self._folder).free < nbytes(parts) + 2**20:
+        def prepare() -> None:
+            after()
+            if jax.process_count() > 1 and shutil.disk_usage(self._folder).free < nbytes(parts) + 2**20:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        if jax.process_count() > 1 and distributed.by_first(lambda: self._attempt(step, find_room) is not None):
-            self._saving = step, _future_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        failed = distributed.by_first(lambda: getattr(self._attempt(step, prepare), "errno", None))
+        if failed:
+            self._saving = step, _future_of(OSError(failed, os.strerror(failed)))
             return
         sums = begin_fingerprints(parts)
 
@@ -225,7 +232,9 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             report(f"the score of checkpoint {step} was not written: {error}")
 
-    def restore(self, like: TrainState, *, until: int | None = None) -> TrainState | None:
+    def restore(
+        self, like: TrainState, *, until: int | None = None, watch: Callable[[str], object] = lambda _: None
+    ) -> TrainState | None:
         """The state of the newest checkpoint that is whole; None if there never was one.
 
         Every leaf is held against its fingerprint. A damaged checkpoint is reported on stderr, with the leaf or the
@@ -234,6 +243,7 @@ class Checkpoints:
         Args:
             like: the state that is expected, or its shapes and shardings; the result lies on devices as it does.
             until: the last step that will do.
+            watch: is told which checkpoint is being read, as a `watchdog.Watchdog` wants to be.
 
         Raises:
             ValueError: the checkpoint is `about` something else, or holds other leaves, shapes or dtypes than `like`;
@@ -245,15 +255,18 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
         damaged: list[int] = []
         for step in sorted(step for step in self._steps if until is None or step <= until)[::-1]:
+            watch(f"reading checkpoint {step}")
             loaded, damage = self._read(step, abstract)
             if loaded is None:
-                loaded, damage = self._read(step, abstract)  # an error of reading may be gone
+                watch(f"reading checkpoint {step} again")
+                loaded, _ = self._read(step, abstract)  # an error of reading may be gone
+                what = "is damaged and not used" if loaded is None else "is whole at the second reading; at the first"
+                report_damage(step, damage, what)
             if loaded is not None:
                 self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
                 copies_agree(loaded)  # compiles now what would hold up the first save
                 return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
-            report_damage(step, damage)
         names = [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]
         if names and until is None:
             raise RuntimeError(none_whole(self._folder, names))
@@ -272,7 +285,7 @@ class Checkpoints:
         loaded, damage = or_damage(load, self._folder / str(step), like)
         damage = next(filter(None, distributed.exchange(damage)), None)
         if loaded is not None and damage is None:
-            _, damage = or_damage(check, manifest, loaded)
+            _, damage = or_damage(check, manifest, loaded)  # a collective, which all reach or none
         return (loaded if damage is None else None), damage
 
     def rewind(self, step: int) -> int:

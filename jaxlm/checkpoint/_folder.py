@@ -107,7 +107,10 @@ def remove(folder: Path, step: int) -> None:
 
 def rewind(folder: Path, step: int) -> None:
     """Lets a checkpoint count for nothing, until `sweep` removes it."""
-    (folder / str(step)).rename(folder / f"{step}.rewound")
+    rewound = folder / f"{step}.rewound"
+    shutil.rmtree(rewound, ignore_errors=True)  # of a run that was killed while it removed that
+    (folder / str(step)).rename(rewound)
+    files.sync(folder)
 
 
 def set_aside(folder: Path, step: int) -> str:

@@ -51,7 +51,7 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tupl
             check(manifest, loaded)
             return loaded["params"], manifest["about"]
         except DamagedError as damage:
-            report_damage(found, str(damage))
+            report_damage(found, str(damage), "is damaged and not used")
     raise RuntimeError(none_whole(folder, [*map(str, steps)]))
 
 
@@ -101,7 +101,7 @@ def load(path: Path, like: Json) -> Json:
         like: their shapes and shardings.
 
     Raises:
-        DamagedError: they can't be read.
+        DamagedError: they can't be read, or have other shapes and dtypes.
     """
     context, own = ocp.Context(), jax.process_index()
     # Each process reads for itself: Orbax would let those for which all is well wait for one that fails.
@@ -109,13 +109,19 @@ def load(path: Path, like: Json) -> Json:
     alone.primary_host, alone.active_processes, alone.barrier_sync_key_prefix = own, {own}, str(own)
     try:
         with context:
-            return ocp.load_checkpointables(str(path), like)
+            loaded = ocp.load_checkpointables(str(path), like)
     except Exception as error:
         *_, root = chain = list(causes(error))
         if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in chain):
             raise  # an older one would fail too
         damage = " ".join(f"{type(root).__name__}: {root}".split())[:300]
         del error, root, chain
+    else:
+        expected = shapes(like)
+        for name, found in shapes(loaded).items():
+            if found != expected[name]:  # such as a key that is read as its bits, where it isn't said to be one
+                raise DamagedError(f"{name} is read as {found}, and was {expected[name]} when it was saved")
+        return loaded
     with warnings.catch_warnings(action="ignore"):  # about coroutines that Orbax began and now nobody waits for
         gc.collect()
     raise DamagedError(damage)
@@ -128,10 +134,6 @@ def shapes(parts: Json) -> Json:
 
 def check(manifest: Json, loaded: Json) -> None:
     """Refuses arrays that aren't what was saved, and names the first."""
-    for name, found in shapes(loaded).items():
-        saved = manifest["leaves"][name][:2]
-        if found != saved:  # such as a key that is read as its bits, where it isn't said to be one
-            raise DamagedError(f"{name} is read as {found}, and was {saved} when it was saved")
     for name, found in fingerprints(loaded).items():
         saved = manifest["leaves"][name][2]
         if found != saved:
@@ -168,10 +170,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def report_damage(step: int, damage: str | None) -> None:
-    """Says so, once for all processes."""
+def report_damage(step: int, damage: str | None, what: str) -> None:
+    """Says what becomes of a checkpoint, once for all processes."""
     if distributed.first():
-        report(f"checkpoint {step} is damaged and not used: {damage}")
+        report(f"checkpoint {step} {what}: {damage}")
 
 
 def report(text: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 from jaxlm.data.text import LARGEST_DOCUMENT, Document, refuse_link_out
-from jaxlm.files import redacted
+from jaxlm.files import LARGEST, redacted
 from jaxlm.optional import optional
 
 Stream = Any  # a file opened for reading bytes: a BinaryIO, but what gzip and fsspec give is none to the letter
@@ -53,7 +53,7 @@ def plain_text(suffixes: Iterable[str] = (".txt", ".md", ".py")) -> Reader:
 
 
 def json_lines(field: str = "text", suffixes: Iterable[str] = (".jsonl", ".ndjson")) -> Reader:
-    """Each line is a JSON object with a string in `field`, which is a document."""
+    """Each line, of 128 MiB at most, is a JSON object with a string in `field`, which is a document."""
     return Reader(tuple(suffixes), functools.partial(_read_json_lines, field))
 
 
@@ -236,9 +236,9 @@ def _read_text(stream: Stream, name: str) -> Iterator[Document]:
 def _read_json_lines(field: str, stream: Stream, name: str) -> Iterator[Document]:
     # What fsspec opens may have a readline that takes no size.
     lines = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
-    for number, line in enumerate(iter(lambda: lines.readline(LARGEST_DOCUMENT + 1), b""), 1):
-        if len(line) > LARGEST_DOCUMENT:
-            raise ValueError(f"line {number} is longer than the {LARGEST_DOCUMENT} bytes of a document; cut it up")
+    for number, line in enumerate(iter(lambda: lines.readline(LARGEST + 1), b""), 1):
+        if len(line) > LARGEST:
+            raise ValueError(f"line {number} is longer than the {LARGEST} bytes of a line; cut it up")
         if not line.strip():
             continue
         try:

@@ -66,16 +66,16 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
         return SkipState(tx.init(params), jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: SkipState, params: Any = None, **extra: Any) -> tuple[Any, SkipState]:
-        fine = _finite(updates, extra)
+        fine = jnp.isfinite(tree.norm(updates)) & _has_finite_loss(extra)
         updates, inner = _update_if(fine, tx, updates, state.inner, params, extra)
         return updates, SkipState(inner, state.skipped + (~fine).astype(jnp.int32))
 
     return transformation(init, update)
 
 
-def _finite(updates: Any, extra: Mapping[str, Any]) -> jax.Array:
-    """Whether the norm of the gradients is, and the loss, which may be infinite where its gradient is not."""
-    return jnp.isfinite(tree.norm(updates)) & jnp.isfinite(extra.get("value", 0.0))
+def _has_finite_loss(extra: Mapping[str, Any]) -> jax.Array:
+    """Whether the loss is finite, which it may not be where its gradient is; so it is if it isn't told."""
+    return jnp.isfinite(extra.get("value", 0.0))
 
 
 def _update_if(fine: jax.Array, tx: Any, updates: Any, state: Any, params: Any, extra: Any) -> tuple[Any, Any]:
@@ -94,7 +94,7 @@ class LossScaleState(NamedTuple):
     clean: jax.Array
     """int32: updates taken since the scale changed."""
     stuck: jax.Array
-    """int32: updates skipped in a row since the scale is the smallest."""
+    """int32: overflows in a row at the smallest scale."""
     skipped: jax.Array
     """int32: how many updates were skipped."""
 
@@ -116,6 +116,7 @@ def dynamic_loss_scale(
     As in https://arxiv.org/abs/1710.03740, section 3.2. It doesn't scale: `precision.scale_loss` does, to which
     `train.make_step` passes the scale on, and undoes it, so that all here are true gradients. Where their global norm
     or the loss is infinite or undefined, parameters and all other state are left as they are, as by `skip_nonfinite`.
+    The loss alone doesn't change the scale, by which it isn't multiplied.
 
     A run that overflows at the smallest scale again and again has another problem than range: its scale becomes 0, no
     update is taken any more, and `train.fit` ends it with an error.
@@ -127,7 +128,7 @@ def dynamic_loss_scale(
         initial: the first scale, a power of two.
         smallest: the least scale, a power of two.
         growth_interval: updates in a row after which the scale doubles, up to 2**24.
-        patience: how many skipped updates in a row at the smallest scale end the run.
+        patience: how many overflows in a row at the smallest scale end the run.
 
     Raises:
         ValueError: scales that aren't powers of two or out of order, an interval or patience below 1.
@@ -147,15 +148,15 @@ def dynamic_loss_scale(
         return LossScaleState(tx.init(params), jnp.full((), initial, jnp.float32), zero, zero, zero)
 
     def update(updates: Any, state: LossScaleState, params: Any = None, **extra: Any) -> tuple[Any, LossScaleState]:
-        scale = state.loss_scale
-        fine = _finite(updates, extra) & (scale > 0)
+        scale, fits = state.loss_scale, jnp.isfinite(tree.norm(updates))
+        fine = fits & _has_finite_loss(extra) & (scale > 0)
         updates, inner = _update_if(fine, tx, updates, state.inner, params, extra)
-        clean = jnp.where(fine, state.clean + 1, 0)
-        stuck = jnp.where(~fine & (scale <= smallest), state.stuck + 1, 0)
+        clean = jnp.where(fits, state.clean + fine, 0)
+        stuck = jnp.where(~fits & (scale <= smallest), state.stuck + 1, 0)
         grows = clean >= growth_interval
         raised = jnp.where(grows, jnp.minimum(2 * scale, LARGEST_SCALE), scale)
-        lowered = jnp.where(stuck < patience, jnp.maximum(scale / 2, smallest), 0)
-        scale = jnp.where(scale > 0, jnp.where(fine, raised, lowered), 0)
+        new_scale = jnp.where(fits, raised, jnp.maximum(scale / 2, smallest))
+        scale = jnp.where((scale > 0) & (stuck < patience), new_scale, 0)
         skipped = state.skipped + (~fine).astype(jnp.int32)
         return updates, LossScaleState(inner, scale, jnp.where(grows, 0, clean), stuck, skipped)
 

@@ -64,7 +64,9 @@ def test_a_key_that_is_read_as_its_bits_is_damage(tmp_path: Path, monkeypatch: p
     assert jax.random.key_data(restored.opt_state["key"]).tolist() == [0, 1]
 
 
-def test_an_error_of_reading_that_passes_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_reading_that_passes_is_said_and_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     read, errors = _folder.read, [DamagedError("a file can't be read: Input/output error")]
@@ -75,10 +77,14 @@ def test_an_error_of_reading_that_passes_is_no_damage(tmp_path: Path, monkeypatc
         return read(folder, step)
 
     monkeypatch.setattr(_folder, "read", now_and_then)
+    told: list[str] = []
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-        restored = checkpoints.restore(state_at(0))
+        restored = checkpoints.restore(state_at(0), watch=told.append)
     assert restored is not None
     assert same(restored, state_at(2))
+    said = "checkpoint 2 is whole at the second reading; at the first: a file can't be read: Input/output error\n"
+    assert capsys.readouterr().err == said
+    assert told == ["reading checkpoint 2", "reading checkpoint 2 again"]
     assert names(tmp_path) == ["1", "2"]
 
 

@@ -1,4 +1,4 @@
-"""A crafted checkpoint whose arrays are said to lie outside its folder isn't read from there."""
+"""A crafted checkpoint's arrays aren't read from outside its folder, or unpacked to more than they have."""
 
 import json
 import struct
@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 import zstandard
 
 from jaxlm import checkpoint, files
@@ -45,32 +46,69 @@ def varint(number: int) -> bytes:
     return bytes([number & 127 | 128, number >> 7])
 
 
+def save(folder: Path) -> tuple[np.ndarray, Path]:
+    """Saves eight arrays, `w0` plus 0 to 7; returns that and the folder of their files."""
+    w = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
+    state = TrainState(jnp.zeros((), jnp.int32), {f"w{i}": jnp.asarray(w + i) for i in range(8)}, {"m": jnp.zeros(1)})
+    with checkpoint.Checkpoints(folder, {}) as checkpoints:
+        checkpoints.save(state)
+    return w, folder / "0" / "params"
+
+
+def forge(params: Path) -> None:
+    """Writes the manifest anew, without the checksums of the files."""
+    path = params.parent / _folder.MANIFEST
+    manifest = {**json.loads(path.read_text()), "files": {}}
+    del manifest["checksum"]
+    path.write_text(files.signed(manifest))
+
+
+def load(folder: Path) -> str:
+    """What loading says, and the MiB that it takes besides what is imported.
+
+    In a process of its own, since Orbax leaves coroutines behind when one of many reads fails, of which Python warns
+    when they are collected: in whatever test that is.
+    """
+    program = f"""
+import atexit, resource
+from jaxlm import checkpoint
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+atexit.register(lambda before: print(peak() - before), peak())
+checkpoint.load_params({str(folder)!r})
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return result.stderr + result.stdout
+
+
 @pytest.mark.parametrize("base", [OWN, b"../../../secret/", b"//tmp/../secret/"], ids=["own", "above", "root"])
 def test_arrays_are_read_from_the_checkpoint_alone(
     base: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_folder, "SMALL", -1)
-    w = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
-    state = TrainState(jnp.zeros((), jnp.int32), {f"w{i}": jnp.asarray(w + i) for i in range(8)}, {"m": jnp.zeros(1)})
-    with checkpoint.Checkpoints(tmp_path / "c", {}) as checkpoints:
-        checkpoints.save(state)
-    params = tmp_path / "c" / "0" / "params"
+    w, params = save(tmp_path / "c")
     (node,) = (params / "d").iterdir()
     size = node.stat().st_size
     rewrite(params / "manifest.ocdbt", varint(size), varint(rewrite(node, OWN, base)))
-    path = params.parent / _folder.MANIFEST
-    manifest = {**json.loads(path.read_text()), "files": {}}
-    del manifest["checksum"]
-    path.write_text(files.signed(manifest))
+    forge(params)
     if base == OWN:  # so that it is not the way of rewriting that is refused
         loaded, _ = checkpoint.load_params(tmp_path / "c")
         np.testing.assert_array_equal(loaded["w3"], w + 3)
         return
     (params / OWN.decode()).rename(tmp_path / "secret")
-    # In a process of its own, since Orbax leaves coroutines behind when one of many reads fails, of which Python warns
-    # when they are collected: in whatever test that is.
-    load = f"from jaxlm import checkpoint; checkpoint.load_params({str(tmp_path / 'c')!r})"
-    result = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
-    assert "damaged and not used" in result.stderr
-    assert "RuntimeError: " in result.stderr
-    assert "no checkpoint that is whole" in result.stderr
+    said = load(tmp_path / "c")
+    assert "damaged and not used" in said
+    assert "RuntimeError: " in said
+    assert "no checkpoint that is whole" in said
+
+
+def test_what_unpacks_to_more_than_an_array_has_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
+    _, params = save(tmp_path / "c")
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{params}/"}).result()
+    key = next(key for key in store.list().result() if key.startswith(b"w3") and not key.endswith(b".zarray"))
+    packer = zstandard.ZstdCompressor().compressobj()
+    store.write(key, b"".join(packer.compress(bytes(2**20)) for _ in range(2**10)) + packer.flush()).result()
+    forge(params)
+    said = load(tmp_path / "c")
+    assert "damaged and not used" in said
+    assert "no checkpoint that is whole" in said
+    assert int(said.split()[-1]) < 2**9, said

@@ -86,6 +86,18 @@ def test_the_loss_scale_doubles_after_clean_updates_and_halves_at_overflow():
     assert (state.inner[0].count, state.skipped) == (8, 12)
 
 
+def test_the_loss_scale_is_not_the_loss():
+    """A loss that is infinite though its gradient is not leaves the scale as it is."""
+    tx = optim.dynamic_loss_scale(optax.sgd(0.1), initial=8, smallest=2, growth_interval=3, patience=3)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    scales: list[float] = []
+    for loss in (1, 1, jnp.inf, 1, 1, jnp.nan, jnp.inf, 1, jnp.inf, jnp.inf, jnp.inf, 1):
+        _, state = update(GRADS, state, PARAMS, value=jnp.float32(loss))
+        scales.append(float(state.loss_scale))
+    assert scales == [8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 16, 32]
+    assert state.skipped == 6
+
+
 def test_the_loss_scale_has_a_ceiling():
     tx = optim.dynamic_loss_scale(optax.sgd(0.1), initial=2**23, growth_interval=1)
     state = tx.init(PARAMS)
