@@ -191,8 +191,8 @@ def leaving_together() -> Generator[None]:
     scheduler:
 
     - 1: a process failed with an error of its own, which it would meet again.
-    - 75: a process was lost (killed, out of memory, its machine gone), interrupted by Ctrl-C, or its disk is full or
-      fails: start all again, to go on from a checkpoint.
+    - 75: a process was lost (killed, out of memory, its machine gone), one of several interrupted by Ctrl-C, or a disk
+      is full or fails: start all again, to go on from a checkpoint.
     - 134 (SIGABRT): JAX ended the process, which nothing can catch: process 0 is gone ("the leader task") or doesn't
       answer (as is said after 5 s), or the tasks that it names "stopped sending heartbeats", for `heartbeat_seconds`; a
       task is a process. So it shows if a process is stopped (SIGSTOP) or its machine lost. If that process printed no
