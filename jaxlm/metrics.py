@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +72,8 @@ def open_run(
             f"{config.get(other[0])!r:.200} here; give the run another name or delete the folder"
         )
     if other:
+        # Of no command: should this be killed, whichever comes next clears again.
+        files.write_whole(folder / CONFIG, json.dumps(dict.fromkeys(saved)))
         _clear(folder)
     if other or not saved:
         files.write_whole(folder / Path(source).name, Path(source).read_text())
@@ -81,10 +83,10 @@ def open_run(
 
 
 def _clear(folder: Path) -> None:
-    """Removes what a command made that was ended before it trained, but for what tells of that: all can be repeated."""
+    """Removes what a command made that was ended before it trained, but for what tells of that and other runs."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
-            if next(path.rglob(CONFIG), None) is None:  # else it holds other runs
+            if next(path.rglob(files.LOCK), None) is None:
                 shutil.rmtree(path)
         elif path.name not in (files.LOCK, CONFIG):
             path.unlink()
@@ -131,7 +133,8 @@ class Log:
 
     Raises:
         ValueError: a line that is there is damaged.
-        OSError: later, the disk is full and so is the memory for lines, or it is full when the log is closed.
+        OSError: later, the disk is full and so is the memory for lines, or it is full when the log is closed; or it has
+            failed to keep lines that were written: go on from the last checkpoint, in a new process.
     """
 
     def __init__(self, folder: Path | None, step: int, *, steps: int):
@@ -158,10 +161,9 @@ class Log:
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
-        except OSError as error:
-            if exception is None:
+        except Exception as error:
+            if exception is None:  # else that is the one to see
                 raise
-            # Which is the one to see.
             print(f"metrics are not all written: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -183,22 +185,26 @@ class Log:
         """Writes what has been taken, and waits until it is on the disk: `Checkpoints.save(state, after=log.sync)`.
 
         Raises:
-            OSError: the disk is full, or fails. Once it has failed to keep what was written it does so each time, for
-                the system may have dropped that: go on from the last checkpoint, in a new process.
+            OSError: the disk is full, or fails.
         """
         self.flush()
-        if self._lost:
-            raise self._lost
         for file in self._files:
             file.flush()
-            try:
+            with self._losing():  # the system may have dropped what it says once that it couldn't write
                 os.fsync(file.fileno())
-            except OSError as error:
-                self._lost = error
-                raise
+
+    @contextlib.contextmanager
+    def _losing(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._lost = OSError(error.errno, f"{error.strerror}: lines of metrics are lost")
+            raise self._lost from None
 
     def flush(self) -> None:
         """Writes what has been taken, once the device has computed it."""
+        if self._lost:
+            raise self._lost
         if self._pending is None or not self._files:
             return
         (step, metrics), self._pending = self._pending, None
@@ -206,7 +212,8 @@ class Log:
         now, waited, self._waited = time.perf_counter(), self._waited, 0.0
         timing = {"seconds": round(now - self._last, 6), "waited": round(waited, 6)}
         for file, line in zip(self._files, (values, timing), strict=True):
-            file.write((json.dumps({"step": step, **line}) + "\n").encode())
+            with self._losing():
+                file.write((json.dumps({"step": step, **line}) + "\n").encode())
         failed, self._failed = self._failed, False
         for file in self._files:
             try:

@@ -58,10 +58,10 @@ def supervise(run: Path, command: list[str]) -> int:
         wait, before = min(2**fruitless, LONGEST_WAIT), after
         print(f"{what}; started again in {wait} s", file=sys.stderr, flush=True)
         until = time.monotonic() + wait
-        while time.monotonic() < until:
-            if asked:
-                return RESTART
+        while not asked and time.monotonic() < until:
             time.sleep(0.1)
+        if asked:
+            return RESTART
 
 
 if __name__ == "__main__":

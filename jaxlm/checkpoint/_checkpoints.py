@@ -104,8 +104,8 @@ class Checkpoints:
 
         Args:
             state: what to save.
-            after: called before, by the first process: it puts on the disk what must be there once the checkpoint
-                counts, as `metrics.Log.sync` does. Where the disk fails it, nothing is saved.
+            after: called before, in the first process: it puts on the disk what must be there once the checkpoint
+                counts, as `metrics.Log.sync` does. Where the disk fails it, the save has failed.
 
         Raises:
             OSError: the last three saves failed so; older checkpoints are intact.

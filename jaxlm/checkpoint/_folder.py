@@ -108,7 +108,10 @@ def remove(folder: Path, step: int) -> None:
 def rewind(folder: Path, step: int) -> None:
     """Lets a checkpoint count for nothing, until `sweep` removes it."""
     rewound = folder / f"{step}.rewound"
-    shutil.rmtree(rewound, ignore_errors=True)  # of a run that was killed while it removed that
+    if rewound.is_symlink():
+        rewound.unlink()
+    elif rewound.exists():  # of a run that was killed while it removed that
+        shutil.rmtree(rewound)
     (folder / str(step)).rename(rewound)
     files.sync(folder)
 
