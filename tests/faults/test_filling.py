@@ -24,14 +24,14 @@ def why_not() -> str | None:
     return f"can't mount a disk: {done.stderr.strip()}" if done.returncode else None
 
 
-@pytest.mark.slow
-def test_a_disk_that_is_full_for_a_while_changes_nothing() -> None:
+@pytest.mark.parametrize("trials", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_disk_that_is_full_for_a_while_changes_nothing(trials: int) -> None:
     if reason := why_not():
         pytest.skip(reason)
-    command = [sys.executable, str(ROOT / "tests/faults/filling.py"), "--trials=3"]
+    command = [sys.executable, str(ROOT / "tests/faults/filling.py"), f"--trials={trials}"]
     environment = os.environ | {"JAXLM_CACHE": str(ROOT / ".cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 3
+    assert len(found) == trials
     assert all(trial["failed"] and trial["same"] and not trial["left"] for trial in found), found
