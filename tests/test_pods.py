@@ -112,7 +112,11 @@ def check_same_run(ours: Path, theirs: Path) -> None:
     assert one["held-out bits per byte"] == other["held-out bits per byte"]
     for folder in (".", "checkpoints"):  # stacks are of those that JAX or the watchdog has ended
         there, expected = (
-            sorted(path.name for path in (run / folder).iterdir() if not path.match("stacks-*.txt*"))
+            sorted(
+                path.name
+                for path in (run / folder).iterdir()
+                if not re.fullmatch(r"stacks-\d\.txt(\.previous)?", path.name)
+            )
             for run in (ours, theirs)
         )
         assert there == expected
