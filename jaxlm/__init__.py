@@ -10,6 +10,7 @@ from jaxlm import distributed as distributed
 from jaxlm import evaluate as evaluate
 from jaxlm import files as files
 from jaxlm import fingerprint as fingerprint
+from jaxlm import fixed_order as fixed_order
 from jaxlm import generate as generate
 from jaxlm import grads as grads
 from jaxlm import losses as losses

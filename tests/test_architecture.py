@@ -36,6 +36,7 @@ LAYERS = [
         "generate",
         "report",
         "verify",
+        "fixed_order",
     ],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -44,6 +45,7 @@ WITHIN_A_LAYER = {
     ("report", "metrics"),
     ("range_test", "train"),
     ("train", "preflight"),
+    ("fixed_order", "train"),
     ("verify", "train"),
     ("verify", "checkpoint"),
     ("grads", "sharding"),
