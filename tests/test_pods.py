@@ -128,7 +128,7 @@ def lines(path: Path) -> list[dict[str, float]]:
 
 def said(out: str) -> list[str]:
     """The lines of a process but for Gloo's, which its threads tear into these pieces."""
-    pieces = r"\[Gloo\] Rank | is connected to | peer ranks\. Expected number of connected peer ranks is : |\d+"
+    pieces = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+"
     return [line for line in out.splitlines() if re.sub(pieces, "", line)]
 
 
