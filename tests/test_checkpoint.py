@@ -12,10 +12,12 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from states import ABOUT, MODEL, names, same, save, state_at
 
 from jaxlm import checkpoint, files, fingerprint, models, sharding
 from jaxlm.checkpoint import _folder, _reading
+from jaxlm.types import TrainState
 
 
 def test_restores_the_newest_bit_for_bit_and_keeps_as_many_as_asked(tmp_path: Path) -> None:
@@ -33,15 +35,25 @@ def test_restores_the_newest_bit_for_bit_and_keeps_as_many_as_asked(tmp_path: Pa
     assert same(restored, state_at(3))
 
 
-def test_a_donated_state_is_saved_as_it_was(tmp_path: Path) -> None:
-    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    state, expected = state_at(5), state_at(5)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_donated_state_is_saved_as_it_was(devices: int, tmp_path: Path) -> None:
+    def draw(state: TrainState) -> TrainState:
+        key, _ = jax.random.split(state.opt_state)
+        return TrainState(state.step + 1, jax.tree.map(lambda x: x + 1, state.params), key)
+
+    def begin() -> TrainState:
+        mesh = sharding.mesh(devices=jax.devices()[:devices])
+        return jax.device_put(state_at(5)._replace(opt_state=jax.random.key(5)), NamedSharding(mesh, PartitionSpec()))
+
+    state = begin()
+    step = jax.jit(draw, donate_argnums=0).lower(state).compile()
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
         checkpoints.save(state)
         for _ in range(3):
             state = step(state)
-        restored = checkpoints.restore(expected)
-    assert same(restored, expected)
+        restored = checkpoints.restore(state)
+    assert restored is not None
+    assert same(restored, begin())
 
 
 @pytest.mark.sampled(2)

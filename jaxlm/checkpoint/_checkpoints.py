@@ -5,12 +5,14 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm import distributed, files
@@ -134,30 +136,33 @@ class Checkpoints:
         if failed:
             self._saving = step, _future_of(OSError(failed, os.strerror(failed)))
             return
-        sums = begin_fingerprints(parts)
+        held, begun = _held(parts), threading.Event()
+        self._saving = step, self._background.submit(self._finish, step, held, begun)
+        if held is parts:
+            begun.wait()
 
-        def begin() -> Any:
+    def _finish(self, step: int, parts: Json, begun: threading.Event) -> None:
+        """Writes all arrays, and lets them count. It runs in the background; they may be donated once it has begun."""
+
+        def write() -> dict[str, str]:
             context = ocp.Context()
             # Writes into the folder itself: what it is worth is told by its name.
             context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-            with context:
-                return ocp.save_checkpointables_async(str(_folder.unfinished(self._folder, step)), parts)
-
-        response = self._attempt(step, begin, together=True)
-        if isinstance(response, OSError):
-            self._saving = step, _future_of(response)
-        else:
-            self._saving = step, self._background.submit(self._finish, step, shapes(parts), sums, response)
-
-    def _finish(self, step: int, shapes: Json, sums: dict[str, jax.Array], response: Any) -> None:
-        """Waits until all arrays are written, and lets them count. It runs in the background."""
+            try:
+                with context:
+                    response = ocp.save_checkpointables_async(str(_folder.unfinished(self._folder, step)), parts)
+                sums = begin_fingerprints(parts)
+            finally:
+                begun.set()
+            _wait(response)
+            return read_fingerprints(sums)
 
         def commit() -> None:
-            prints = read_fingerprints(sums)
-            leaves = {name: [*shape, prints[name]] for name, shape in shapes.items()}
+            leaves = {name: [*shape, prints[name]] for name, shape in shapes(parts).items()}
             _folder.commit(self._folder, step, {"format": _folder.FORMAT, "about": self._about, "leaves": leaves})
 
-        failed = self._attempt(step, lambda: _wait(response), together=True)
+        prints = self._attempt(step, write, together=True)
+        failed = prints if isinstance(prints, OSError) else None
         if not failed and distributed.first():
             failed = self._attempt(step, commit)
         if failed:
@@ -264,15 +269,14 @@ class Checkpoints:
                 report_damage(step, damage, what)
             if loaded is not None:
                 self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
-                copies_agree(loaded)  # compiles now what would hold up the first save
+                _compile(loaded)
                 return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
         names = [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]
         if names and until is None:
             raise RuntimeError(none_whole(self._folder, names))
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
-            begin_fingerprints(parts)  # as above
-            copies_agree(parts)
+            _compile(parts)
         return None
 
     def _read(self, step: int, like: Json) -> tuple[Json | None, str | None]:
@@ -329,6 +333,27 @@ class Checkpoints:
 def _parts(state: TrainState) -> Json:
     """What is saved under names of their own, so that the parameters can be read alone. None may be without a leaf."""
     return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def _held(parts: Json) -> Json:
+    """What stays when the state is donated: a copy, where it lies in the host's memory on one device, so that all of a
+    save can happen in the background. Elsewhere Orbax makes one as it begins; with several processes, by collectives,
+    which must not meet those of a step.
+    """
+    platforms = [device.platform for device in {x for leaf in jax.tree.leaves(parts) for x in leaf.devices()}]
+    return _copied(parts) if platforms == ["cpu"] and jax.process_count() == 1 else parts
+
+
+@jax.jit
+def _copied(parts: Json) -> Json:
+    return jax.tree.map(jnp.copy, parts)
+
+
+def _compile(parts: Json) -> None:
+    """Compiles what would hold up the first save."""
+    begin_fingerprints(parts)
+    copies_agree(parts)
+    _held(parts)
 
 
 def _check_same(step: int, saved: Json, expected: Json) -> None:
