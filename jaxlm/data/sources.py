@@ -261,9 +261,12 @@ def _read_parquet(column: str, stream: Stream, name: str) -> Iterator[Document]:
         if column not in names:
             raise ValueError(f"there is no column {column!r}; there is {', '.join(names)}")
         number = 0
-        for batch in file.iter_batches(BATCH, columns=[column]):
-            for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
-                yield Document(f"{name}:{(number := number + 1)}", value or b"")
+        for group in range(file.num_row_groups):
+            # What is stored once may be the text of every row.
+            rows = LARGEST_DOCUMENT // max(1, file.metadata.row_group(group).total_byte_size)
+            for batch in file.iter_batches(max(1, min(rows, BATCH)), row_groups=[group], columns=[column]):
+                for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
+                    yield Document(f"{name}:{(number := number + 1)}", value or b"")
 
 
 def _read_array_record(text: Callable[[bytes], bytes], stream: Stream, name: str) -> Iterator[Document]:

@@ -138,6 +138,21 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
     assert (size, peak < size / 2) == (20_000_000, True)
 
 
+def test_of_long_texts_that_parquet_stores_once_few_are_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x" * 1_000_000] * 50)
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    monkeypatch.setattr(sources, "LARGEST_DOCUMENT", 3_000_000)
+    tracemalloc.start()
+    try:
+        size = sum(len(document.text) for document in data.shards(tmp_path)[0].open())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (size, peak < 5_000_000) == (50_000_000, True)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_array_records_equal_what_was_written(tmp_path: Path, packed: bool) -> None:
     file = tmp_path / "a.array_record"
