@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from hypothesis import given
@@ -54,6 +55,16 @@ def test_a_donated_state_is_saved_as_it_was(devices: int, tmp_path: Path) -> Non
         restored = checkpoints.restore(state)
     assert restored is not None
     assert same(restored, begin())
+
+
+def test_a_state_on_the_host_or_on_several_devices_is_saved_as_it_is(tmp_path: Path) -> None:
+    numbers = np.arange(3, dtype=np.int16)
+    params = {"host": numbers, "first": jnp.asarray(numbers), "last": jax.device_put(numbers, jax.devices()[-1])}
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        checkpoints.save(TrainState(jnp.ones((), jnp.int32), params, jnp.zeros(1)))
+    loaded, _ = checkpoint.load_params(tmp_path)
+    for found in loaded.values():
+        np.testing.assert_array_equal(found, numbers)
 
 
 @pytest.mark.sampled(2)

@@ -1,16 +1,19 @@
 """A save that fails is said and loses nothing; the third in a row ends the run; so does an error of another kind."""
 
 import errno
+import subprocess
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from states import ABOUT, names, same, save, state_at
 
-from jaxlm import checkpoint
-from jaxlm.checkpoint import _folder
+from jaxlm import checkpoint, sharding
+from jaxlm.checkpoint import _folder, _writing
 
 
 @contextmanager
@@ -95,3 +98,39 @@ def test_an_error_of_another_kind_is_raised_at_the_next_call(tmp_path: Path) -> 
     checkpoints.save(state_at(2))
     checkpoints.close()
     assert names(tmp_path)[-1] == "2"
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_error_of_another_kind_before_arrays_are_written_is_raised_too(
+    devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = sharding.replicated(sharding.mesh(devices=jax.devices()[:devices]))
+
+    def save(checkpoints: checkpoint.Checkpoints, step: int) -> None:
+        checkpoints.save(jax.device_put(state_at(step), where))
+        if devices == 1:  # else it has waited for Orbax to begin
+            checkpoints.wait()
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a mistake")
+
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(_writing.ocp, "Context", fail)
+            with pytest.raises(KeyError, match="a mistake"):
+                save(checkpoints, 1)
+        assert "checkpoint 1 was not saved: KeyError('a mistake'); the older ones are intact" in capsys.readouterr().err
+        save(checkpoints, 2)
+        assert checkpoints.latest == 2
+
+
+def test_a_save_that_the_end_of_the_program_cuts_off_is_said(tmp_path: Path) -> None:
+    program = f"""
+import jax.numpy as jnp
+from jaxlm import checkpoint
+from jaxlm.types import TrainState
+state = TrainState(jnp.ones((), jnp.int32), {{"w": jnp.ones(3)}}, (jnp.zeros(3),))
+checkpoint.Checkpoints({str(tmp_path)!r}, {{}}).save(state)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert (tmp_path / "1").exists() or "checkpoint 1 was not saved: " in ended.stderr

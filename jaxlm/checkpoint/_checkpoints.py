@@ -5,21 +5,17 @@ import json
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
 from jaxlm import distributed, files
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import Json
 from jaxlm.checkpoint._reading import (
-    causes,
     check,
     check_copies,
     load,
@@ -29,7 +25,7 @@ from jaxlm.checkpoint._reading import (
     report_damage,
     shapes,
 )
-from jaxlm.fingerprint import begin_fingerprints, copies_agree, read_fingerprints
+from jaxlm.checkpoint._writing import begin, compile_ahead, disk_error
 from jaxlm.tree import nbytes
 from jaxlm.types import TrainState
 
@@ -136,32 +132,21 @@ class Checkpoints:
         if failed:
             self._saving = step, _future_of(OSError(failed, os.strerror(failed)))
             return
-        held, begun = _held(parts), threading.Event()
-        self._saving = step, self._background.submit(self._finish, step, held, begun)
-        if held is parts:
-            begun.wait()
+        path = _folder.unfinished(self._folder, step)
+        end = self._attempt(step, lambda: begin(path, parts), together=True)
+        if isinstance(end, OSError):
+            self._saving = step, _future_of(end)
+        else:
+            self._saving = step, self._background.submit(self._finish, step, shapes(parts), end)
 
-    def _finish(self, step: int, parts: Json, begun: threading.Event) -> None:
-        """Writes all arrays, and lets them count. It runs in the background; they may be donated once it has begun."""
-
-        def write() -> dict[str, str]:
-            context = ocp.Context()
-            # Writes into the folder itself: what it is worth is told by its name.
-            context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-            try:
-                with context:
-                    response = ocp.save_checkpointables_async(str(_folder.unfinished(self._folder, step)), parts)
-                sums = begin_fingerprints(parts)
-            finally:
-                begun.set()
-            _wait(response)
-            return read_fingerprints(sums)
+    def _finish(self, step: int, shapes: Json, end: Callable[[], dict[str, str]]) -> None:
+        """Waits until all arrays are written, and lets them count. It runs in the background."""
 
         def commit() -> None:
-            leaves = {name: [*shape, prints[name]] for name, shape in shapes(parts).items()}
+            leaves = {name: [*shape, prints[name]] for name, shape in shapes.items()}
             _folder.commit(self._folder, step, {"format": _folder.FORMAT, "about": self._about, "leaves": leaves})
 
-        prints = self._attempt(step, write, together=True)
+        prints = self._attempt(step, end, together=True)
         failed = prints if isinstance(prints, OSError) else None
         if not failed and distributed.first():
             failed = self._attempt(step, commit)
@@ -186,10 +171,11 @@ class Checkpoints:
         try:
             return work()
         except Exception as error:
-            failed = _disk_error(error)
+            failed = disk_error(error)
+            why = failed.strerror if failed else f"{error!r:.300}"
+            report(f"checkpoint {step} was not saved: {why}; the older ones are intact")
             if failed is None:
                 raise
-            report(f"checkpoint {step} was not saved: {failed.strerror}; the older ones are intact")
             if together and jax.process_count() > 1:
                 distributed.leave(f"checkpoint {step} was not saved: {failed.strerror}")
             shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
@@ -269,14 +255,14 @@ class Checkpoints:
                 report_damage(step, damage, what)
             if loaded is not None:
                 self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
-                _compile(loaded)
+                compile_ahead(loaded)
                 return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
         names = [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]
         if names and until is None:
             raise RuntimeError(none_whole(self._folder, names))
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
-            _compile(parts)
+            compile_ahead(parts)
         return None
 
     def _read(self, step: int, like: Json) -> tuple[Json | None, str | None]:
@@ -335,27 +321,6 @@ def _parts(state: TrainState) -> Json:
     return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
 
 
-def _held(parts: Json) -> Json:
-    """What stays when the state is donated: a copy, where it lies in the host's memory on one device, so that all of a
-    save can happen in the background. Elsewhere Orbax makes one as it begins; with several processes, by collectives,
-    which must not meet those of a step.
-    """
-    platforms = [device.platform for device in {x for leaf in jax.tree.leaves(parts) for x in leaf.devices()}]
-    return _copied(parts) if platforms == ["cpu"] and jax.process_count() == 1 else parts
-
-
-@jax.jit
-def _copied(parts: Json) -> Json:
-    return jax.tree.map(jnp.copy, parts)
-
-
-def _compile(parts: Json) -> None:
-    """Compiles what would hold up the first save."""
-    begin_fingerprints(parts)
-    copies_agree(parts)
-    _held(parts)
-
-
 def _check_same(step: int, saved: Json, expected: Json) -> None:
     for name in {**saved, **expected}:
         if saved.get(name) != expected.get(name):
@@ -373,27 +338,7 @@ def _flat(about: Json, prefix: str = "") -> Json:
     return flat
 
 
-def _wait(response: Any) -> None:
-    """Waits for Orbax. Of several processes one that fails must say so: Orbax would first wait for the others."""
-    saved = getattr(getattr(response, "_thread_runner", None), "_future", None)  # private: nothing else tells
-    if jax.process_count() > 1 and saved is not None and (error := saved.exception()):
-        raise error
-    response.result()
-
-
 def _future_of(error: OSError) -> Future[None]:
     future: Future[None] = Future()
     future.set_exception(error)
     return future
-
-
-def _disk_error(error: Exception) -> OSError | None:
-    """What the disk has to do with an error, which Orbax and TensorStore tell in many ways; None: nothing."""
-    for cause in causes(error):
-        if isinstance(cause, OSError) and not isinstance(cause, TimeoutError | ConnectionError):
-            code = cause.errno or errno.EIO
-            return OSError(code, os.strerror(code))
-        for code, text in files.DISK_ERRORS.items():
-            if text in str(cause):
-                return OSError(code, text)
-    return None

@@ -1,8 +1,9 @@
 """What each of two processes does: HOST:PORT, how many, which, a folder, what happens.
 
 `damaged`: they save, a checkpoint is damaged, they restore. `full`: there is no room for one, then there is. `fails`:
-the disk fails one of them in the middle of a save. `differs`: one of them has another copy of what is replicated. `call
-PROCESS NUMBER ERROR`: the system fails that process so at that call of its save (0: SIGKILL); needs shim.c.
+the disk fails one of them in the middle of a save. `differs`: one of them has another copy of what is replicated.
+`often`: they save and exchange something in turn. `call PROCESS NUMBER ERROR`: the system fails that process so
+at that call of its save (0: SIGKILL); needs shim.c.
 """
 
 import ctypes
@@ -50,7 +51,7 @@ def fails(path: Path) -> None:
         checkpoints.save(state_at(1, mesh))
         checkpoints.wait()
         if not distributed.first():
-            checkpoint._checkpoints.ocp.save_checkpointables_async = failed
+            checkpoint._writing.ocp.save_checkpointables_async = failed
         checkpoints.save(state_at(2, mesh))
         checkpoints.save(state_at(3, mesh))
 
@@ -102,11 +103,20 @@ def damaged(path: Path) -> None:
     print(json.dumps(sorted(file.name for file in path.iterdir())))
 
 
+def often(path: Path) -> None:
+    """Right after a save they exchange something, which doesn't wait for it as a step that takes the state does."""
+    mesh = sharding.mesh()
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        for step in range(1, 61):
+            checkpoints.save(state_at(step, mesh))
+            assert distributed.exchange(step) == [step, step]
+
+
 def main(where: str, processes: str, process: str, folder: str, what: str, *about: str) -> None:
     distributed.start((where, int(processes), int(process)))
-    does = {"damaged": damaged, "full": full, "fails": fails, "differs": differs, "call": call}[what]
+    does = {"damaged": damaged, "full": full, "fails": fails, "differs": differs, "often": often, "call": call}
     with distributed.leaving_together():
-        does(Path(folder), *about)
+        does[what](Path(folder), *about)
 
 
 if __name__ == "__main__":

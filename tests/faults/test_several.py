@@ -73,6 +73,13 @@ def test_two_processes_go_on_where_there_is_no_room(tmp_path: Path) -> None:
     assert "not saved" not in second
 
 
+@pytest.mark.slow
+def test_what_comes_right_after_a_save_does_not_meet_it(tmp_path: Path) -> None:
+    codes, ended = end_of_two(tmp_path / "checkpoints", "often", JAX_NUM_CPU_DEVICES="1")
+    assert codes == [0, 0], ended
+    assert _folder.whole(tmp_path / "checkpoints") == [59, 60]
+
+
 def test_a_process_that_cannot_write_ends_the_others_which_wait_for_it(tmp_path: Path) -> None:
     codes, ended = end_of_two(tmp_path / "checkpoints", "fails")
     assert codes == [75, 75], ended
