@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import sharding, train
 from jaxlm.compiled import Compiled, signature
-from jaxlm.grads import takes_loss_scale
+from jaxlm.grads import accumulate, takes_loss_scale
 from jaxlm.optim import loss_scaling
 from jaxlm.types import Batch, GradFn, Metrics, Params, TrainState
 
@@ -74,22 +74,16 @@ def make_step(
 
     @jax.jit
     def stack(*found: Any) -> Batch:
-        return {"found": jax.tree.map(lambda *x: jnp.stack(x), *found)}
+        # `accumulate` takes the number of rows from the tokens.
+        return {"tokens": jnp.arange(here), "found": jax.tree.map(lambda *x: jnp.stack(x), *found)}
 
     @wraps(grad_fn)
-    def added_up(_params: Params, batch: Batch, *_key_and_scale: jax.Array) -> Any:
-        found = batch["found"]
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), found)
-
-        def add(total: Any, one: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, one), None
-
-        total, _ = jax.lax.scan(add, zeros, found)
-        return jax.tree.map(lambda t, x: t.astype(x.dtype), total, found)
+    def found_of(_params: Params, batch: Batch, *_key_and_scale: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[0], batch["found"])
 
     first = {device: i.indices(slices)[0] for device, (i,) in rows.devices_indices_map((slices,)).items()}
     gather = jax.jit(lambda found: found, out_shardings=whole)
-    update = jax.jit(train.make_step(added_up, optimizer, key))
+    update = jax.jit(train.make_step(accumulate(found_of, slices), optimizer, key))
 
     def on_each(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         own, found = {device: _on(device, state) for device in whole.addressable_devices}, list[Batch]()

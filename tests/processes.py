@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import importlib
 import itertools
 import os
 import queue
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -46,8 +47,8 @@ class Running(NamedTuple):
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def end(self) -> Ended:
-        code = self.process.wait(PATIENCE)
+    def end(self, within: float = PATIENCE) -> Ended:
+        code = self.process.wait(within)
         return Ended(code, (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text())
 
 
@@ -82,7 +83,31 @@ def several(
             one.process.wait()
 
 
+def call_together(count: int, devices: int, function: Callable[[str], None], folder: Path) -> None:
+    """Calls a function of a test's module, with a folder, in processes of one run with so many devices each."""
+    also = {"CALL": f"{function.__module__} {function.__name__} {folder}", "JAX_NUM_CPU_DEVICES": str(devices)}
+    with several(count, "calling", folder, also=also) as running:
+        ended = [one.end(900) for one in running]
+    assert [one.code for one in ended] == [0] * count, ended
+
+
+def own_rows(batch: Any, rows: jax.NamedSharding) -> Any:
+    """What this process gives to `sharding.place` of a whole batch."""
+    from jaxlm import sharding
+
+    parts, of = sharding.share(rows)
+    return jax.tree.map(lambda x: np.concatenate([np.split(x, of)[part] for part in parts]), batch)
+
+
 # What the processes do.
+
+
+def job_calling(coordinator: str, processes: str, process: str) -> None:
+    """What the environment names."""
+    distributed.start((coordinator, int(processes), int(process)))
+    module, function, folder = os.environ["CALL"].split(" ", 2)
+    with distributed.leaving_together():
+        getattr(importlib.import_module(module), function)(folder)
 
 
 def job_agreeing(coordinator: str, processes: str, process: str) -> None:

@@ -1,10 +1,7 @@
 """With the order of its sums fixed, a run is the same to the bit on any number of devices and processes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
-from ports import free_port
+from processes import call_together, own_rows
 from test_topologies import batches
 
 from jaxlm import distributed, fixed_order, grads, losses, models, optim, sharding, train
@@ -65,9 +62,7 @@ def step_of(name: str, mesh: Mesh) -> Step:
 def run(name: str, mesh: Mesh) -> dict[str, Any]:
     """All that each step measures, and the fingerprints of the state after the last."""
     rows, measured = sharding.by_rows(mesh), list[dict[str, str]]()
-    parts, of = sharding.share(rows)
-    own = partial(jax.tree.map, lambda x: np.concatenate([np.split(x, of)[part] for part in parts]))
-    given = (sharding.place(own(batch), rows) for batch in batches(0, STEPS))
+    given = (sharding.place(own_rows(batch, rows), rows) for batch in batches(0, STEPS))
     state = start(name, mesh)
     for state, metrics in train.fit(step_of(name, mesh), state, given):  # noqa: B007
         measured.append({metric: float(value).hex() for metric, value in metrics.items()})
@@ -112,37 +107,17 @@ def test_without_a_fixed_order_they_differ() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-PROCESS = """
-import sys
-from jaxlm import distributed
-coordinator, processes, process, file = sys.argv[1:]
-distributed.start((coordinator, int(processes), int(process)))
-import test_fixed_order
-with distributed.leaving_together():
-    test_fixed_order.write_runs(file)
-"""
-
-
-def write_runs(file: str) -> None:
+def write_runs(folder: str) -> None:
     found = {name: run(name, sharding.mesh()) for name in IN_PROCESSES}
     if distributed.first():
-        Path(file).write_text(json.dumps(found))
+        (Path(folder) / "runs.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 4), (4, 2)])
 def test_every_number_of_processes_has_them(processes: int, devices: int, tmp_path: Path) -> None:
-    coordinator, file = f"127.0.0.1:{free_port()}", tmp_path / "runs.json"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(Path(__file__).parent)}
-    environment.pop("NPROC", None)
-    command = [sys.executable, "-c", PROCESS, coordinator, str(processes)]
-    running = [subprocess.Popen([*command, str(i), str(file)], env=environment) for i in range(processes)]
-    try:
-        assert [process.wait(900) for process in running] == [0] * processes
-    finally:
-        for process in running:
-            process.kill()
-    assert json.loads(file.read_text()) == {name: alone(name) for name in IN_PROCESSES}
+    call_together(processes, devices, write_runs, tmp_path)
+    assert json.loads((tmp_path / "runs.json").read_text()) == {name: alone(name) for name in IN_PROCESSES}
 
 
 def test_a_step_is_that_of_whole_batches() -> None:

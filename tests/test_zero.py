@@ -1,8 +1,5 @@
 """A run is the same however it lies on devices: every stage of ZeRO, every optimizer, every shape of mesh."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from layered import KEY, MATRICES, MESHES, PARTS, ROWS, STACKED, STEPS, D, batches, lay_out, model, params
-from ports import free_port
+from processes import call_together, own_rows
 
 from jaxlm import distributed, grads, optim, sharding, train, tree
 from jaxlm.types import Batch, Params
@@ -77,12 +74,7 @@ def run(make_optimizer: Any, layout: sharding.Layout | None, microbatches: int =
         shardings = layout.state(optimizer)
         state = jax.jit(lambda: train.start(params(), optimizer), out_shardings=shardings)()
         rows = sharding.by_rows(layout.mesh)
-        parts, of = sharding.share(rows)
-
-        def own(x: np.ndarray) -> np.ndarray:
-            return np.concatenate([np.split(x, of)[part] for part in parts])
-
-        given = [sharding.place(jax.tree.map(own, batch), rows) for batch in batches(STEPS)]
+        given = [sharding.place(own_rows(batch, rows), rows) for batch in batches(STEPS)]
     step = train.compile_step(train.make_step(grad_fn, optimizer, KEY), state, given[:1])
     *_, (state, _) = train.fit(step, state, given)
     if layout is not None:
@@ -172,17 +164,6 @@ def assert_close(found: Params, expected: Params, name: str) -> None:
     assert max(jax.tree.leaves(differences)) <= (1e-4 if name == "soap" else 1e-6), differences
 
 
-PROCESS = """
-import sys
-from jaxlm import distributed
-coordinator, process, folder = sys.argv[1:]
-distributed.start((coordinator, 2, int(process)))
-import test_zero
-with distributed.leaving_together():
-    test_zero.run_each(folder)
-"""
-
-
 def run_each(folder: str) -> None:
     """A run of each optimizer, in turn with each stage, mesh and number of microbatches."""
     for i, name in enumerate(OPTIMIZERS):
@@ -193,18 +174,7 @@ def run_each(folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_the_same_in_two_processes(tmp_path: Path, alone: Callable[[str], Any]):
-    coordinator = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(Path(__file__).parent)}
-    environment.pop("NPROC", None)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, coordinator, str(i), str(tmp_path)], env=environment)
-        for i in range(2)
-    ]
-    try:
-        assert [process.wait(900) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    call_together(2, 4, run_each, tmp_path)
     for name in OPTIMIZERS:
         with np.load(tmp_path / f"{name}.npz") as found:
             assert_close(dict(found), tree.named_leaves(alone(name)), name)
