@@ -23,7 +23,7 @@ import tyro
 
 from jaxlm import checkpoint, data, distributed, grads, losses, metrics, models, optim, schedules, sharding, train
 from jaxlm.evaluate import compile_eval, evaluate
-from jaxlm.files import read_signed, redacted, signed, within, write_whole
+from jaxlm.files import redacted, within
 from jaxlm.generate import complete
 from jaxlm.nans import first_nan
 from jaxlm.precision import compute_in, product_in
@@ -82,8 +82,8 @@ def main(config: Config) -> None:
     if config.smoke:
         config = dataclasses.replace(config, layers=1, width=16, steps=2)
         folder = Path(by_first(tempfile.mkdtemp)) / "smoke"
-    if min(config.steps, config.save_every, config.tokens_per_batch) < 1:
-        raise ValueError(f"steps, save-every and tokens-per-batch must be 1 or more: {config}")
+    if min(counts := (config.steps, config.save_every, config.tokens_per_batch)) < 1:
+        raise ValueError(f"steps, save-every and tokens-per-batch are {counts}; each must be 1 or more")
     by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__, free=FREE)))
     train.keep_programs()
     home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
@@ -94,7 +94,7 @@ def main(config: Config) -> None:
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
     share, place = sharding.share(by_rows), partial(sharding.place, rows=by_rows)
-    skips = by_first(lambda: read_signed(found)["batches"] if (found := folder / "skips.json").exists() else [])
+    skips = by_first(lambda: data.read_skips(folder / "skips.json"))
     batches = data.Batches(corpus, data.pack(corpus.lengths, *rows), config.steps, skip=skips, share=share)
     unseen = data.Batches(heldout, data.bucket(heldout.lengths, *rows, passes=1), share=share)
     distributed.agree(data=batches.fingerprint)
@@ -173,7 +173,7 @@ def main(config: Config) -> None:
                 except train.LossSpikeError as spike:
                     back = checkpoints.rewind(spike.step - SPIKE)
                     skips = batches.without(back, spike.step + SPIKE).skip
-                    by_first(lambda: write_whole(folder / "skips.json", signed({"batches": skips})))
+                    by_first(lambda: data.write_skips(folder / "skips.json", skips))
                     print(f"{spike}: back to step {back}, without the batches {skips}. The same command goes on")
                     sys.exit(distributed.RESTART)
             watch(f"saving step {done}")

@@ -71,8 +71,8 @@ def test_each_option_is_held_to_or_may_change(pretrain: ModuleType, tmp_path: Pa
         ({"microbatches": 3}, "not divisible over 8 devices in 3 microbatches"),
         ({"tokens_per_batch": 256 * 4}, "4 rows of 256 tokens can't be divided over 8 devices"),
         ({"row_lengths": (1,)}, r"row lengths \[1\]"),
-        ({"save_every": 0}, "must be 1 or more"),
-        ({"steps": 0}, "must be 1 or more"),
+        ({"save_every": 0}, "each must be 1 or more"),
+        ({"steps": 0}, "each must be 1 or more"),
     ],
     ids=str,
 )
@@ -147,6 +147,13 @@ def test_what_was_to_be_skipped_is_read_or_refused(pretrain: ModuleType, text: P
         skips.write_text(text_of_it)
         with pytest.raises(ValueError, match=r"skips.json is damaged"):
             pretrain.main(config)
+    for batches in (None, 3, {}, [3], [[1]], [[0, 2.0]], [[0, 1, 2], [3]], [[0, 10**400]], [["a", "b"]], ["ab"]):
+        skips.write_text(files.signed({"batches": batches}))
+        with pytest.raises(ValueError, match=r"skips.json is damaged: .* are no ranges of batches"):
+            pretrain.main(config)
+    skips.write_text(files.signed({"batches": [[2, 1]]}))
+    with pytest.raises(ValueError, match=r"skip is \[\[2, 1\]\]; give ranges"):
+        pretrain.main(config)
     skips.write_text(good)
     pretrain.main(config)
     (start,) = metrics.read_starts(skips.parent)

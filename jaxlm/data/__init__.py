@@ -20,6 +20,8 @@ from jaxlm.data.packing import one_a_row as one_a_row
 from jaxlm.data.parts import Place as Place
 from jaxlm.data.pipeline import Batches as Batches
 from jaxlm.data.pipeline import iterate as iterate
+from jaxlm.data.pipeline import read_skips as read_skips
+from jaxlm.data.pipeline import write_skips as write_skips
 from jaxlm.data.plan import Plan as Plan
 from jaxlm.data.plan import bucket as bucket
 from jaxlm.data.plan import concat as concat

@@ -5,13 +5,15 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import grain
 import jax
 import numpy as np
 from jaxtyping import Int, Integer
 
+from jaxlm import files
 from jaxlm.data.augment import Augment, Row
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.parts import Pieces
@@ -240,6 +242,30 @@ def _divide(rows: int, length: int, sharding: jax.sharding.Sharding) -> None:
             f"Batches: {rows} rows of {length} tokens can't be divided over {len(sharding.device_set)} devices; "
             "choose more tokens per batch, with a multiple of as many rows"
         ) from None
+
+
+def write_skips(path: Path, skip: Sequence[Sequence[int]]) -> None:
+    """Writes the ranges that `Batches` leave out into a file."""
+    files.write_whole(path, files.signed({"batches": skip}))
+
+
+def read_skips(path: Path) -> list[list[int]]:
+    """What `write_skips` wrote; none if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged, or says something else.
+    """
+    if not path.exists():
+        return []
+    found: Any = files.read_signed(path).get("batches")
+    if not isinstance(found, list) or not all(map(_is_range, cast(list[Any], found))):
+        raise ValueError(f"{path} is damaged: {found!s:.200} are no ranges of batches")
+    return found
+
+
+def _is_range(value: Any) -> bool:
+    bounds = cast(list[Any], value) if isinstance(value, list) else []
+    return len(bounds) == 2 and all(type(bound) is int and abs(bound) < 2**31 for bound in bounds)
 
 
 def iterate(
