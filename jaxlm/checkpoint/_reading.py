@@ -8,12 +8,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from jaxlm import distributed
+from jaxlm import distributed, files
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import DamagedError, Json
 from jaxlm.fingerprint import copies, copies_agree, fingerprints
@@ -108,6 +109,8 @@ def load(path: Path, like: Json) -> Json:
     alone = context.multiprocessing_options
     alone.primary_host, alone.active_processes, alone.barrier_sync_key_prefix = own, {own}, str(own)
     try:
+        for name, part in like.items():
+            _check_pieces(path / name, part)
         with context:
             loaded = ocp.load_checkpointables(str(path), like)
     except Exception as error:
@@ -125,6 +128,32 @@ def load(path: Path, like: Json) -> Json:
     with warnings.catch_warnings(action="ignore"):  # about coroutines that Orbax began and now nobody waits for
         gc.collect()
     raise DamagedError(damage)
+
+
+def _check_pieces(path: Path, like: Json) -> None:
+    """That no piece of an array has more than the array: each is unpacked whole."""
+    about = files.read_json(path / "_METADATA")
+    if not (about.get("use_ocdbt") and about.get("use_zarr3")):
+        raise ValueError("arrays are stored in another way than they should be")
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result()
+    keys = [key for key in store.list().result() if key.endswith(b"zarr.json")]
+    if len(keys) != len(jax.tree.leaves(like)):
+        raise ValueError(f"{len(keys)} arrays are stored, rather than {len(jax.tree.leaves(like))}")
+    for key in keys:
+        array = files.parse_json(store.read(key).result().value, key.decode(errors="replace"))
+        for piece in _pieces(array):
+            if any(size > max(1, of) for size, of in zip(piece, array["shape"], strict=True)):
+                raise ValueError(f"{key.decode(errors='replace')} has pieces of {piece} of {array['shape']}")
+
+
+def _pieces(array: Any) -> Iterator[Any]:
+    """The shapes of pieces, and of pieces of pieces, that the description of an array has."""
+    if isinstance(array, dict):
+        for name, value in cast(Json, array).items():
+            yield from [value] if name == "chunk_shape" else _pieces(value)
+    elif isinstance(array, list):
+        for value in cast(list[Any], array):
+            yield from _pieces(value)
 
 
 def shapes(parts: Json) -> Json:

@@ -19,6 +19,7 @@ from jaxlm.optional import optional
 
 Stream = Any  # a file opened for reading bytes: a BinaryIO, but what gzip and fsspec give is none to the letter
 BATCH = 64  # rows of a table that are in memory at once
+FEW = 4  # of Parquet, where what is stored once may be the text of every row
 
 
 class UnreadableError(ValueError):
@@ -194,7 +195,12 @@ def _reader_of(name: str, readers: Sequence[Reader]) -> Reader | None:
 
 def _read(name: str, read: Callable[[], Iterator[Document]]) -> Iterator[Document]:
     try:
-        yield from read()
+        for document in read():
+            if len(document.text) > LARGEST_DOCUMENT:
+                raise ValueError(
+                    f"{document.name} is longer than the {LARGEST_DOCUMENT} bytes of a document; cut it up"
+                )
+            yield document
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # each format has its own
@@ -261,12 +267,9 @@ def _read_parquet(column: str, stream: Stream, name: str) -> Iterator[Document]:
         if column not in names:
             raise ValueError(f"there is no column {column!r}; there is {', '.join(names)}")
         number = 0
-        for group in range(file.num_row_groups):
-            # What is stored once may be the text of every row.
-            rows = LARGEST_DOCUMENT // max(1, file.metadata.row_group(group).total_byte_size)
-            for batch in file.iter_batches(max(1, min(rows, BATCH)), row_groups=[group], columns=[column]):
-                for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
-                    yield Document(f"{name}:{(number := number + 1)}", value or b"")
+        for batch in file.iter_batches(FEW, columns=[column]):
+            for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
+                yield Document(f"{name}:{(number := number + 1)}", value or b"")
 
 
 def _read_array_record(text: Callable[[bytes], bytes], stream: Stream, name: str) -> Iterator[Document]:

@@ -114,7 +114,12 @@ class SubwordTokenizer:
         return {"tokenizer.json": self.content, "tokenizer_config.json": json.dumps({"eos_token": self.end_token})}
 
     def encode(self, text: bytes) -> Integer[np.ndarray, " T"]:
-        found = self._encode(text.decode(errors="replace"))
+        try:
+            found = self._encode(text.decode(errors="replace"))
+        except BaseException as error:  # a panic of Rust's, which is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer can't cut up a text of {len(text)} bytes: {error!s:.300}") from None
         ids = np.empty(len(found) + 2, np.uint32)
         ids[0], ids[1:-1], ids[-1] = self.end, found, self.end
         return ids

@@ -235,6 +235,14 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: bytes, trained:
         data.tokenizer_of(tmp_path)
 
 
+def test_a_pattern_that_never_ends_is_an_error_and_no_panic(trained: data.SubwordTokenizer) -> None:
+    content = json.loads(trained.content)
+    endless = {"type": "Split", "pattern": {"Regex": "(a|a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    found = data.SubwordTokenizer(json.dumps({**content, "pre_tokenizer": endless}), trained.end_token)
+    with pytest.raises(ValueError, match=r"can't cut up a text of 31 bytes: .*retry-limit"):
+        found.encode(b"a" * 30 + b"d")
+
+
 def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(2**40)  # takes no room

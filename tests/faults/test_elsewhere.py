@@ -70,9 +70,9 @@ def load(folder: Path) -> str:
     when they are collected: in whatever test that is.
     """
     program = f"""
-import atexit, resource
+import atexit, pathlib, re
 from jaxlm import checkpoint
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+def peak(): return int(re.findall(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[0]) >> 10
 atexit.register(lambda before: print(peak() - before), peak())
 checkpoint.load_params({str(folder)!r})
 """
@@ -99,6 +99,30 @@ def test_arrays_are_read_from_the_checkpoint_alone(
     assert "damaged and not used" in said
     assert "RuntimeError: " in said
     assert "no checkpoint that is whole" in said
+
+
+@pytest.mark.parametrize("which", ["of the array", "of a piece"])
+def test_a_piece_that_is_larger_than_its_array_is_refused(which: str, tmp_path: Path) -> None:
+    w, params = save(tmp_path / "c")
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{params}/"}).result()
+    about = json.loads(store.read(b"w3/zarr.json").result().value)
+    for size in (40, 12288):
+        part = about["chunk_grid"] if which == "of the array" else about["codecs"][0]
+        part["configuration"]["chunk_shape"] = [40, size]
+        store.write(b"w3/zarr.json", json.dumps(about).encode()).result()
+        forge(params)
+        if size == 40:  # so that it is not the way of writing that is refused
+            loaded, _ = checkpoint.load_params(tmp_path / "c")
+            np.testing.assert_array_equal(loaded["w3"], w + 3)
+    assert "w3/zarr.json has pieces of [40, 12288] of [40, 40]" in load(tmp_path / "c")
+
+
+def test_arrays_that_are_stored_in_another_way_are_refused(tmp_path: Path) -> None:
+    _, params = save(tmp_path / "c")
+    about = json.loads((params / "_METADATA").read_text())
+    (params / "_METADATA").write_text(json.dumps({**about, "use_ocdbt": False}))
+    forge(params)
+    assert "stored in another way than they should be" in load(tmp_path / "c")
 
 
 def test_what_unpacks_to_more_than_an_array_has_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
