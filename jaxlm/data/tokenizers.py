@@ -204,11 +204,22 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     if os.fspath(name) == ByteTokenizer.name:
         return ByteTokenizer()
     manifest = path / "manifest.json"
-    wanted = files.read_json(manifest).get("tokenizer") if manifest.is_file() else None
+    about = files.read_json(manifest) if manifest.is_file() else {}
+    wanted = about.get("tokenizer")
     if not isinstance(wanted, str | None):
         raise ValueError(f"{manifest} is damaged: its tokenizer is {wanted!r:.80}")
-    if wanted == ByteTokenizer.name:
-        return ByteTokenizer()
+    found = ByteTokenizer() if wanted == ByteTokenizer.name else _subwords_of(name, wanted, end_token)
+    if (
+        wanted is not None and about.get("vocab") != found.vocab
+    ):  # by which a model would be as large as the manifest says
+        raise ValueError(
+            f"{manifest} is damaged: its vocab is {about.get('vocab')!r:.80}, its tokenizer's {found.vocab}"
+        )
+    return found
+
+
+def _subwords_of(name: str | os.PathLike[str], wanted: str | None, end_token: str | None) -> SubwordTokenizer:
+    path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(

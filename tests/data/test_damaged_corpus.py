@@ -137,6 +137,15 @@ def test_a_manifest_with_parts_missing_is_refused(tmp_path: Path, manifest: dict
         data.open_corpus(tmp_path / "corpus")
 
 
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "corpus"
+    manifest = write(path, [b"a"]).manifest
+    assert data.tokenizer_of(path).vocab == 258
+    (path / "manifest.json").write_text(signed({**manifest, "vocab": 2**16}))
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: its vocab is 65536, its tokenizer's 258"):
+        data.tokenizer_of(path)
+
+
 def test_offsets_out_of_order_are_refused(tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus", [b"ab", b"cd", b"ef"])
     offsets = np.array(corpus.offsets)
