@@ -209,12 +209,9 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     if not isinstance(wanted, str | None):
         raise ValueError(f"{manifest} is damaged: its tokenizer is {wanted!r:.80}")
     found = ByteTokenizer() if wanted == ByteTokenizer.name else _subwords_of(name, wanted, end_token)
-    if (
-        wanted is not None and about.get("vocab") != found.vocab
-    ):  # by which a model would be as large as the manifest says
-        raise ValueError(
-            f"{manifest} is damaged: its vocab is {about.get('vocab')!r:.80}, its tokenizer's {found.vocab}"
-        )
+    vocab = found.vocab if wanted is None else about.get("vocab")
+    if vocab != found.vocab:  # as large as the manifest says a model would be
+        raise ValueError(f"{manifest} is damaged: its vocab is {vocab!r:.80}, its tokenizer's {found.vocab}")
     return found
 
 
