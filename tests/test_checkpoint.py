@@ -57,6 +57,13 @@ def test_a_donated_state_is_saved_as_it_was(devices: int, tmp_path: Path) -> Non
     assert same(restored, begin())
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    for name in ("a#b%20c", "a?b", "a|b", "a%zz", "a b"):
+        save(tmp_path / name, 1)
+        with checkpoint.Checkpoints(tmp_path / name, ABOUT) as checkpoints:
+            assert same(checkpoints.restore(state_at(0)), state_at(1))
+
+
 def test_a_state_on_the_host_or_on_several_devices_is_saved_as_it_is(tmp_path: Path) -> None:
     numbers = np.arange(3, dtype=np.int16)
     params = {"host": numbers, "first": jnp.asarray(numbers), "last": jax.device_put(numbers, jax.devices()[-1])}

@@ -89,11 +89,12 @@ def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Pat
     save(tmp_path, 2)
 
 
-def test_an_error_of_another_kind_is_raised_at_the_next_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [KeyError("a mistake"), TimeoutError("a mistake")])
+def test_an_error_of_another_kind_is_raised_at_the_next_call(error: Exception, tmp_path: Path) -> None:
     checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
-    with a_full_disk(KeyError("a mistake")):
+    with a_full_disk(error):
         checkpoints.save(state_at(1))
-        with pytest.raises(KeyError, match="a mistake"):
+        with pytest.raises(type(error), match="a mistake"):
             checkpoints.wait()
     checkpoints.save(state_at(2))
     checkpoints.close()

@@ -187,7 +187,7 @@ class Checkpoints:
             return
         (step, saving), self._saving = self._saving, None
         error = saving.exception()
-        if error and not isinstance(error, OSError):
+        if error and not (isinstance(error, OSError) and error.errno):
             raise error
         codes = distributed.exchange(error and error.errno)
         if any(codes):

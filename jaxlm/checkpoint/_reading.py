@@ -135,7 +135,7 @@ def _check_pieces(path: Path, like: Json) -> None:
     about = files.read_json(path / "_METADATA")
     if not (about.get("use_ocdbt") and about.get("use_zarr3")):
         raise ValueError("arrays are stored in another way than they should be")
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result()
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}).result()
     keys = [key for key in store.list().result() if key.endswith(b"zarr.json")]
     if len(keys) != len(jax.tree.leaves(like)):
         raise ValueError(f"{len(keys)} arrays are stored, rather than {len(jax.tree.leaves(like))}")

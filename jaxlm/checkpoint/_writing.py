@@ -26,7 +26,10 @@ def begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
         What waits until they are written, and returns their fingerprints. It may be called in another thread.
     """
     copy = _copied_alone(parts)
-    return _begin(path, parts) if copy is None else lambda: _begin(path, copy)()
+    if copy is None:
+        return _begin(path, parts)
+    copies = [copy]
+    return lambda: _begin(path, copies.pop())()  # which needs it no longer once it has begun
 
 
 def _begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
