@@ -79,7 +79,7 @@ def main() -> None:
         return
     record = {
         **machine.about(machine.processor(), ("jax", "jaxlib", "orbax-checkpoint", "tensorstore")),
-        "sizes": [measure(size, devices, options.saves) for devices in (1, 2) for size in SIZES],
+        "sizes": [measure(size, devices, options.saves) for devices in (1, 2)[: jax.device_count()] for size in SIZES],
     }
     out = HERE / "results" / f"saving-{machine.file_name(machine.processor())}.json"
     out.write_text(json.dumps(record, indent=1) + "\n")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ports import free_port
+from ports import clean_environment, free_port
 
 if __name__ == "__main__":  # the processes import what they need: all of jaxlm would take each two seconds more
     sys.modules["jaxlm"] = package = ModuleType("jaxlm")
@@ -27,7 +27,6 @@ from jaxlm import distributed
 
 PATIENCE = 60  # seconds for anything at all
 HANGING = 3  # seconds until a watchdog ends its process
-LAUNCHERS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_")
 
 
 class Ended(NamedTuple):
@@ -62,8 +61,7 @@ def several(
     also: Mapping[str, str] | None = None,
 ) -> Generator[list[Running]]:
     """Starts processes that run `job` of this file, as processes of one run or as their environments say."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **(also or {})}
+    clean = clean_environment(**{"JAX_NUM_CPU_DEVICES": "2"} | dict(also or {}))
     where = [] if environments else [f"127.0.0.1:{free_port()}", str(count)]
     running: list[Running] = []
     try:

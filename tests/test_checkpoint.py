@@ -13,7 +13,6 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 from states import ABOUT, MODEL, names, same, save, state_at
 
 from jaxlm import checkpoint, files, fingerprint, models, sharding
@@ -44,7 +43,7 @@ def test_a_donated_state_is_saved_as_it_was(devices: int, tmp_path: Path) -> Non
 
     def begin() -> TrainState:
         mesh = sharding.mesh(devices=jax.devices()[:devices])
-        return jax.device_put(state_at(5)._replace(opt_state=jax.random.key(5)), NamedSharding(mesh, PartitionSpec()))
+        return jax.device_put(state_at(5)._replace(opt_state=jax.random.key(5)), sharding.replicated(mesh))
 
     state = begin()
     step = jax.jit(draw, donate_argnums=0).lower(state).compile()

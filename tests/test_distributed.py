@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import pytest
-from ports import free_port
-from processes import HANGING, HANGS, LAUNCHERS, fail, several
+from ports import LAUNCHERS, free_port
+from processes import HANGING, HANGS, fail, several
 
 from jaxlm import distributed
 

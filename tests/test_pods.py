@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from ports import free_port
+from ports import clean_environment, free_port
 
 from jaxlm import data
 
@@ -31,12 +31,7 @@ SMALL = [
     "--save-every=10",
     f"--steps={STEPS}",
 ]
-NOT_OURS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_", "NPROC")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)} | {
-    "JAX_PLATFORMS": "cpu",
-    "JAXLM_CACHE": str(ROOT / ".cache"),
-    "COLUMNS": "200",
-}
+ENVIRONMENT = clean_environment(JAXLM_CACHE=str(ROOT / ".cache"), COLUMNS="200")
 
 
 class Running(NamedTuple):

@@ -140,10 +140,11 @@ def _check_pieces(path: Path, like: Json) -> None:
     if len(keys) != len(jax.tree.leaves(like)):
         raise ValueError(f"{len(keys)} arrays are stored, rather than {len(jax.tree.leaves(like))}")
     for key in keys:
-        array = files.parse_json(store.read(key).result().value, key.decode(errors="replace"))
+        name = key.decode(errors="replace")
+        array = files.parse_json(store.read(key).result().value, name)
         for piece in _pieces(array):
             if any(size > max(1, of) for size, of in zip(piece, array["shape"], strict=True)):
-                raise ValueError(f"{key.decode(errors='replace')} has pieces of {piece} of {array['shape']}")
+                raise ValueError(f"{name} has pieces of {piece} of {array['shape']}")
 
 
 def _pieces(array: Any) -> Iterator[Any]:

@@ -48,9 +48,11 @@ def _begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
 
 
 def _copied_alone(parts: Json) -> Json | None:
-    devices = {frozenset(leaf.devices()) if isinstance(leaf, jax.Array) else None for leaf in jax.tree.leaves(parts)}
-    alone = [[device.platform for device in some or ()] for some in devices] == [["cpu"]]
-    return _copied(parts) if alone and jax.process_count() == 1 else None
+    leaves = jax.tree.leaves(parts)
+    if jax.process_count() > 1 or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return None
+    devices = set[jax.Device]().union(*(leaf.devices() for leaf in leaves))
+    return _copied(parts) if [device.platform for device in devices] == ["cpu"] else None
 
 
 @jax.jit
@@ -59,8 +61,7 @@ def _copied(parts: Json) -> Json:
 
 
 def compile_ahead(parts: Json) -> None:
-    """Compiles what would hold up the first save."""
-    begin_fingerprints(parts)
+    """Compiles what would hold up the first save, but for fingerprints."""
     copies_agree(parts)
     _copied_alone(parts)
 

@@ -127,26 +127,26 @@ def test_parquet_without_a_value_is_an_empty_document(tmp_path: Path) -> None:
     assert texts(data.shards(tmp_path)) == ["a", "", "b"]
 
 
-def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", ["x" * 100_000] * 200, row_group_size=10, use_dictionary=False)
+def read_all(folder: Path) -> tuple[int, int]:
+    """The bytes of a shard's documents, and how many of Python's are in memory at most while they are read."""
     tracemalloc.start()
     try:
-        size = sum(len(document.text) for document in data.shards(tmp_path)[0].open())
-        _, peak = tracemalloc.get_traced_memory()
+        size = sum(len(document.text) for document in data.shards(folder)[0].open())
+        return size, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x" * 100_000] * 200, row_group_size=10, use_dictionary=False)
+    size, peak = read_all(tmp_path)
     assert (size, peak < size / 2) == (20_000_000, True)
 
 
 def test_of_long_texts_that_parquet_stores_once_few_are_in_memory(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["x" * 1_000_000] * 50)
     assert (tmp_path / "a.parquet").stat().st_size < 100_000
-    tracemalloc.start()
-    try:
-        size = sum(len(document.text) for document in data.shards(tmp_path)[0].open())
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    size, peak = read_all(tmp_path)
     assert (size, peak < 6_000_000) == (50_000_000, True)
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,19 +12,17 @@ from typing import Any
 
 import pytest
 import saving
-from ports import free_port
+from ports import clean_environment, free_port
 
 from jaxlm import checkpoint
 from jaxlm.checkpoint import _folder
 
 ROOT = Path(__file__).parents[2]
-NOT_OURS = ("OMPI_", "SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_", "NPROC")
 
 
 def end_of_two(folder: Path, *what: str, **variables: str) -> tuple[list[int], list[tuple[str, str]]]:
     """The exit codes of both, and what they said on stdout and stderr."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **variables}
+    environment = clean_environment(**{"JAX_NUM_CPU_DEVICES": "2"} | variables)
     where, script = f"127.0.0.1:{free_port()}", str(ROOT / "tests/faults/several.py")
     running = [
         subprocess.Popen(
