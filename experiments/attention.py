@@ -69,7 +69,7 @@ def main(config: Config) -> None:
         "window, window, ..., full": (shape(windows=(*[config.window] * (config.layers - 1), None)), {}),
         "bigbird": (shape(), {"mask": models.masks.bigbird(config.window // 4, window=3, first=1, random=2)}),
     }
-    results: dict[str, Any] = {"config": dataclasses.asdict(config), "versions": metrics.versions(), "masks": {}}
+    results = metrics.provenance(config=dataclasses.asdict(config), data=batches.fingerprint) | {"masks": {}}
     for name, (model, options) in contestants.items():
         found = results["masks"][name] = learn(model, options, batches, evaluated, config)
         files.write_whole(folder / "results.json", json.dumps(results))

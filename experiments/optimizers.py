@@ -112,7 +112,7 @@ def main(config: Config) -> None:
             "losses": np.reshape(curve, (len(curve), len(rates), -1)).mean(2).T.tolist(),
         }
 
-    results: dict[str, Any] = {"config": dataclasses.asdict(config), "versions": metrics.versions(), "optimizers": {}}
+    results = metrics.provenance(config=dataclasses.asdict(config), data=batches.fingerprint) | {"optimizers": {}}
     for name in config.only:
         found = results["optimizers"][name] = sweep(name, *OPTIMIZERS[name])
         files.write_whole(folder / "results.json", json.dumps(results))

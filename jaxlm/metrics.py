@@ -93,9 +93,9 @@ def _clear(folder: Path) -> None:
 
 
 def note_start(folder: str | os.PathLike[str], step: int, **about: Any) -> None:
-    """Adds a line to `starts.jsonl`: the command, a hash of jaxlm's and the experiment's sources, versions, devices.
+    """Adds a line to `starts.jsonl`: the step, and its `provenance`.
 
-    Nothing of the environment is written. Call it in one process, each time that a run begins or goes on.
+    Call it in one process, each time that a run begins or goes on.
 
     Args:
         folder: the folder of the run.
@@ -106,16 +106,23 @@ def note_start(folder: str | os.PathLike[str], step: int, **about: Any) -> None:
         OSError: the disk is full or can't be written to.
     """
     path = Path(folder) / "starts.jsonl"
-    start = {"step": step, "command": shlex.join(sys.argv), "sources": _hash_of_sources(), **about, **versions()}
-    lines = [*read_starts(folder), json.loads(files.redacted(json.dumps(start)))]
+    lines = [*read_starts(folder), {"step": step, **provenance(**about)}]
     files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def versions() -> dict[str, Any]:
-    """The versions and devices that a result depends on."""
+def provenance(**about: Any) -> dict[str, Any]:
+    """What a result depends on: the command, a hash of jaxlm's and the experiment's sources, versions, devices.
+
+    Nothing of the environment is in it; passwords and tokens in URLs are left out.
+
+    Args:
+        about: what else, as JSON, such as the fingerprint of the data.
+    """
     packages = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     devices = [jax.devices()[0].device_kind, len(jax.devices())]
-    return {"python": platform.python_version(), **packages, "machine": platform.machine(), "devices": devices}
+    versions = {"python": platform.python_version(), **packages, "machine": platform.machine(), "devices": devices}
+    found = {"command": shlex.join(sys.argv), "sources": _hash_of_sources(), **about, **versions}
+    return json.loads(files.redacted(json.dumps(found)))
 
 
 class Log:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -95,6 +96,49 @@ def read_gpt2(folder: Path) -> str:
 
 
 CONFIG = {"layers": 2, "rows": [16, 32], "text": None, "rate": 0.1}
+
+
+def make_shards(folder: Path) -> None:
+    lines = [json.dumps({"text": d.text.decode(), "more": [i]}) for i, d in enumerate(texts())]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+
+
+def make_tables(folder: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"id": list(range(12)), "text": [d.text for d in texts()]})
+    for codec in ("none", "snappy", "zstd"):
+        parquet.write_table(table, folder / f"{codec}.parquet", compression=codec, row_group_size=5)
+    lines = b"\n".join(b'{"text": "%d"}' % i for i in range(100))
+    (folder / "c.jsonl.zst").write_bytes(arrow.compress(lines, "zstd", asbytes=True))
+
+
+def make_records(folder: Path) -> None:
+    module = pytest.importorskip("array_record.python.array_record_module")
+    writer = module.ArrayRecordWriter(str(folder / "a.array_record"), "group_size:5")
+    for document in texts():
+        writer.write(document.text)
+    writer.close()
+    read_shards(folder)  # starts its threads, which need room for their stacks
+
+
+def read_shards(folder: Path) -> str:
+    for shard in data.shards(folder):
+        assert len([document.text for document in shard.open()]) < 10_000
+    return ""
+
+
+def make_skips(folder: Path) -> None:
+    data.write_skips(folder / "skips.json", [[20, 40], [100, 300]])
+
+
+def read_skips(folder: Path) -> str:
+    data.write_corpus(folder / "corpus", texts(), data.ByteTokenizer(), heldout=0.4)
+    corpus = data.open_corpus(folder / "corpus")
+    plan = data.pack(corpus.lengths, (16,), 64, 0)
+    batches = data.Batches(corpus, plan, count=2, skip=data.read_skips(folder / "skips.json"))
+    assert all(batches[i]["tokens"].shape == (4, 16) for i in range(2))
+    return ""
 
 
 def make_run(folder: Path) -> None:
@@ -206,6 +250,10 @@ FORMATS = {
     "tokenizer": Format(make_tokenizer, ("tokenizer*.json",), read_tokenizer),
     "ranks": Format(make_ranks, ("words.tiktoken",), read_ranks),
     "GPT-2's files": Format(make_gpt2, ("encoder.json", "vocab.bpe"), read_gpt2),
+    "lines": Format(make_shards, ("*.jsonl*",), read_shards),
+    "tables": Format(make_tables, ("*.parquet", "*.zst"), read_shards),
+    "records": Format(make_records, ("*.array_record",), read_shards),
+    "skips": Format(make_skips, ("skips.json",), read_skips, sign),
     "run": Format(make_run, ("config.json", "*.jsonl"), read_run),
     "report": Format(make_run, ("config.json", "*.jsonl"), read_report, share=0.2),
     "checkpoint": Format(make_checkpoint, ("0/jaxlm.json", "scores.json"), read_checkpoint, sign, share=0.5),

@@ -1,5 +1,6 @@
 """Every experiment and benchmark runs, as a user would start it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "--sm
 
 
 def run(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"JAXLM_CACHE": str(ROOT / ".cache")}
+    environment = os.environ | {"JAXLM_CACHE": str(ROOT / ".cache"), "TMPDIR": str(folder)}
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -24,6 +25,8 @@ def test_runs_two_steps(script: Path, tmp_path: Path) -> None:
     done = run(script, "--smoke", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
+    for results in tmp_path.glob("*/results.json") if script in EXPERIMENTS else ():
+        assert {"command", "sources", "data", "config", "jax"} <= json.loads(results.read_text()).keys()
 
 
 def test_help_is_a_page(tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ class Batches:
         ends = self.plan.count
         if self.count is None and ends is None:
             raise ValueError("Batches: the plan is endless; give a count")
-        if any(
-            not end > begin >= after for (begin, end), (_, after) in zip(self.skip, [(0, 0), *self.skip], strict=False)
-        ):
+        if not _in_order(self.skip):
             raise ValueError(f"Batches: skip is {self.skip}; give ranges (begin, end) in order, none within another")
         left = None if ends is None else ends - sum(end - begin for begin, end in self.skip)
         if self.count is not None and (self.count < 0 or (left is not None and self.count > left)):
@@ -258,9 +256,13 @@ def read_skips(path: Path) -> list[list[int]]:
     if not path.exists():
         return []
     found: Any = files.read_signed(path).get("batches")
-    if not isinstance(found, list) or not all(map(_is_range, cast(list[Any], found))):
+    if not isinstance(found, list) or not (all(map(_is_range, cast(list[Any], found))) and _in_order(found)):
         raise ValueError(f"{path} is damaged: {found!s:.200} are no ranges of batches")
     return found
+
+
+def _in_order(ranges: Sequence[Sequence[int]]) -> bool:
+    return all(end > begin >= after for (begin, end), (_, after) in zip(ranges, [(0, 0), *ranges], strict=False))
 
 
 def _is_range(value: Any) -> bool:

@@ -66,7 +66,7 @@ def parquet(column: str = "text", suffixes: Iterable[str] = (".parquet",)) -> Re
 def array_record(
     text: Callable[[bytes], bytes] = bytes, suffixes: Iterable[str] = (".array_record", ".arrayrecord")
 ) -> Reader:
-    """Each record of an ArrayRecord file is a document, by what `text` makes of it."""
+    """Each record of an ArrayRecord file is a document, by what `text` makes of it. Such files aren't packed again."""
     return Reader(tuple(suffixes), functools.partial(_read_array_record, text))
 
 
@@ -275,6 +275,8 @@ def _read_parquet(column: str, stream: Stream, name: str) -> Iterator[Document]:
 def _read_array_record(text: Callable[[bytes], bytes], stream: Stream, name: str) -> Iterator[Document]:
     # Its reader wants a file of this machine, and returns no record at all from one that is cut off.
     module = optional("array_record.python.array_record_module")
+    if name.endswith((".gz", ".zst")):  # of whatever size, and the copy may lie in memory
+        raise ValueError("ArrayRecord files, which are compressed already, are only read unpacked; unpack it")
     with tempfile.NamedTemporaryFile() as copy:
         local = isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO)
         if not local:

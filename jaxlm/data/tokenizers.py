@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from jaxlm import files
 from jaxlm.optional import optional
 
 END = "<|endoftext|>"
+GROWTH = 256
+"""Times that the rules of a tokenizer's JSON may lengthen a text: each alone may be harmless, and all make millions."""
 
 
 @runtime_checkable
@@ -78,7 +81,7 @@ class SubwordTokenizer:
 
     Raises:
         ImportError: `tokenizers` isn't installed.
-        ValueError: it isn't such JSON, or its vocabulary lacks the end token.
+        ValueError: it isn't such JSON, its vocabulary lacks the end token, or its rules would make a text far longer.
     """
 
     content: str = dataclasses.field(repr=False)
@@ -116,8 +119,8 @@ class SubwordTokenizer:
     def encode(self, text: bytes) -> Integer[np.ndarray, " T"]:
         try:
             found = self._encode(text.decode(errors="replace"))
-        except BaseException as error:  # a panic of Rust's, which is no Exception
-            if type(error).__name__ != "PanicException":
+        except BaseException as error:  # also a panic of Rust's, which is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"the tokenizer can't cut up a text of {len(text)} bytes: {error!s:.300}") from None
         ids = np.empty(len(found) + 2, np.uint32)
@@ -135,6 +138,10 @@ class SubwordTokenizer:
             raise
         except Exception as error:  # it raises nothing more precise
             raise ValueError(f"this is not the JSON of a tokenizer: {error!s:.300}") from None
+        for name in ("normalizer", "decoder"):
+            rules = getattr(model, name)
+            if rules is not None and (times := _growth(json.loads(rules.__getstate__()))) > GROWTH:
+                raise ValueError(f"its {name} could make a text {times:.3g} times as long; {GROWTH} times are allowed")
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True
@@ -154,6 +161,23 @@ class SubwordTokenizer:
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
         return self._model.get_vocab()
+
+
+def _growth(rules: Any) -> int | float:
+    """How many times as long a text can become by rules that replace one string by another, or put one before it."""
+    if isinstance(rules, list):
+        return math.prod(map(_growth, cast(list[Any], rules)))
+    if not isinstance(rules, dict):
+        return 1
+    rule = cast(dict[str, Any], rules)
+    match rule.get("type"):
+        case "Replace":
+            found, by = rule["pattern"].get("String"), len(rule["content"])
+            return max(1, by / len(found)) if found else 1 + by  # an expression may match between any two letters
+        case "Prepend":
+            return 1 + len(rule["prepend"])
+        case _:
+            return math.prod(map(_growth, rule.values()))
 
 
 def _gigatoken(content: str) -> Callable[[str], Any]:

@@ -243,6 +243,26 @@ def test_a_pattern_that_never_ends_is_an_error_and_no_panic(trained: data.Subwor
         found.encode(b"a" * 30 + b"d")
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [{"type": "Replace", "pattern": {"String": a}, "content": 9 * b} for a, b in ("ab", "bc", "cd")],
+        [{"type": "Replace", "pattern": {"Regex": "x*"}, "content": "yyy"}] * 5,
+        [{"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 256}]}],
+    ],
+)
+def test_rules_that_would_make_millions_of_letters_of_one_are_refused(
+    trained: data.SubwordTokenizer, rules: list[Any]
+) -> None:
+    content = json.loads(trained.content)
+    for some in ([], rules[:1] if len(rules) > 1 else [{"type": "Prepend", "prepend": "_"}]):
+        normalizer = {"type": "Sequence", "normalizers": some}
+        data.SubwordTokenizer(json.dumps({**content, "normalizer": normalizer}), trained.end_token)
+    normalizer = {"type": "Sequence", "normalizers": rules}
+    with pytest.raises(ValueError, match=r"its normalizer could make a text .* times as long; 256 times are allowed"):
+        data.SubwordTokenizer(json.dumps({**content, "normalizer": normalizer}), trained.end_token)
+
+
 def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(2**40)  # takes no room
