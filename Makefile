@@ -8,6 +8,8 @@ ARGS ?=
 ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda12)
 PACKAGES = -r requirements.lock $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 
+FAULTS := distributed peers watchdog pods topologies fixed_order pretrain checkpoint failing_saves fuzz verify
+
 .DEFAULT_GOAL := help
 .PHONY: help setup train check format lint types test test-all faults smoke verify oracle bench audit docs lock
 
@@ -47,8 +49,8 @@ test: setup ## the tests but the slow ones, in a quarter of an hour on two cores
 test-all: setup ## all tests that this machine can run
 	$(BIN)/pytest -n 2 $(ARGS)
 
-faults: setup ## damage, full disks, SIGKILL at every call of a save, lost processes: half an hour
-	$(BIN)/pytest tests/faults tests/test_distributed.py tests/test_pods.py -m "not gpu" $(ARGS)
+faults: setup ## damage, full disks, SIGKILL at every call of a save, lost processes, other machines: an hour and a half
+	$(BIN)/pytest tests/faults $(addprefix tests/test_,$(FAULTS:=.py)) -m "not gpu" $(ARGS)
 
 smoke: setup ## every experiment and benchmark, two steps each
 	$(BIN)/pytest tests/test_experiments.py -m "" $(ARGS)

@@ -97,7 +97,7 @@ def lost(trials: int, seed: int) -> Iterator[dict[str, Any]]:
             "fault": fault,
             "trials": len(found),
             "outcomes": {"all gone": len(found)},
-            "wrong": [],
+            "wrong": [f"{fault}: {max(found)} s"] if max(found) > (15 if "stopped" in fault else 5) else [],
             "median_seconds": statistics.median(found),
             "slowest_seconds": max(found),
         }
@@ -121,11 +121,12 @@ def soaked(minutes: float, processes: int, seed: int, console: Console) -> Itera
             )
             kept = {name: line[name] for name in ("minutes", "steps_kept", "time_kept")}
             same = {"as an undisturbed run": line["runs"]}
+            little = [f"{who}: kept {line['time_kept']:.0%} of the time"] if line["time_kept"] < 0.8 else []
             yield {
                 "fault": f"{who}: all runs, in the end",
                 "trials": line["runs"],
                 "outcomes": same,
-                "wrong": list[str](),
+                "wrong": little,
                 **kept,
             }
 

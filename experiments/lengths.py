@@ -126,13 +126,9 @@ def main(config: Config) -> None:
             run["seconds"].append(spent)
             run["bits"].append(heldout.bits_per_byte(evaluate(eval_fn, run["state"][1].params, unseen)["loss"]))
         results = [{name: x for name, x in run.items() if name not in ("state", "plan")} for run in runs]
-        about = {
-            "config": dataclasses.asdict(config),
-            "step_seconds": taken,
-            "bucket": best,
-            "data": corpus.fingerprint,
-        }
-        files.write_whole(folder / "results.json", json.dumps({**metrics.provenance(**about), "runs": results}))
+        about = metrics.provenance(config=dataclasses.asdict(config), data=corpus.fingerprint)
+        about |= {"step_seconds": taken, "bucket": best, "runs": results}
+        files.write_whole(folder / "results.json", json.dumps(about))
         lines = ["| method | steps | seconds | tokens predicted/s | bits per byte |", "|---|---|---|---|---|"]
         axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
         for name in plans:

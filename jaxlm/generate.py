@@ -117,4 +117,6 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, Param
     tokenizer = tokenizer_of(folder) if (Path(folder) / "tokenizer.json").is_file() else ByteTokenizer()
     if tokenizer.name != name:
         raise ValueError(f"{folder} has the tokenizer {tokenizer.name}, and its model learnt with {name!s:.80}")
+    if tokenizer.vocab > config.vocab:
+        raise ValueError(f"{folder} has a tokenizer of {tokenizer.vocab} ids, and a model of {config.vocab}")
     return config, params, tokenizer

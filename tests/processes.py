@@ -120,7 +120,7 @@ def job_agreeing(coordinator: str, processes: str, process: str) -> None:
             except ValueError as error:
                 print(error)
         print(distributed.by_first(lambda: f"made by {process}"))
-        print("listens on", sorted(listening()), flush=True)
+        print("listens on", sorted(listening(os.getpid())), flush=True)
         distributed.by_first(fail)
 
 
@@ -227,10 +227,10 @@ def sum_of_devices() -> float:
     return float(total(sharded))
 
 
-def listening() -> Iterator[str]:
-    """The addresses, as Linux writes them, on which this process listens."""
+def listening(process: int) -> Iterator[str]:
+    """The addresses, as Linux writes them, on which a process listens."""
     own = set[str]()
-    for file in Path("/proc/self/fd").iterdir():
+    for file in Path(f"/proc/{process}/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
             own.add(os.readlink(file))
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):

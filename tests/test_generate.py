@@ -83,3 +83,12 @@ def test_a_model_is_loaded_with_the_tokenizer_that_was_saved_beside_it(
     assert isinstance(generate.complete(config, loaded, found, "some", length=5), str)
     with pytest.raises(ValueError, match=rf"has the tokenizer {tokenizer.name}, and its model learnt with bytes"):
         generate.load_model(tmp_path / "other")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
+    small = dataclasses.replace(CONFIG, vocab=257)
+    params = models.transformer(small)[0](jax.random.key(0))
+    with checkpoint.Checkpoints(tmp_path, {"model": dataclasses.asdict(small), "tokenizer": "bytes"}) as checkpoints:
+        checkpoints.save(train.start(params, optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=r"has a tokenizer of 258 ids, and a model of 257"):
+        generate.load_model(tmp_path)

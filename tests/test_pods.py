@@ -201,10 +201,10 @@ def test_when_one_of_four_is_lost_the_others_leave_and_any_number_of_devices_goe
             assert one.process.returncode in (75, -signal.SIGABRT)
     begun = lines(run / "timing.jsonl")[:10]
     assert 12 < len(lines(run / "metrics.jsonl")) < STEPS
-    for processes, devices in ((4, 2), (2, 4), (1, 8)):
+    for processes, devices, zero in ((4, 2, 0), (2, 4, 3), (1, 8, 2)):  # it began with stage 1
         folder = tmp_path / str(processes)
         shutil.copytree(killed, folder)
-        with started([folder] * processes, text, devices=devices) as again:
+        with started([folder] * processes, text, f"--zero={zero}", devices=devices) as again:
             for one in again:
                 one.end()
         assert lines(folder / "runs/pretrain/timing.jsonl")[:10] == begun  # it went on, and didn't begin anew

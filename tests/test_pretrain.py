@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import listening
 
 from jaxlm import data, generate, metrics
 
@@ -74,6 +75,7 @@ def test_interrupted_and_run_again_writes_the_same_metrics_and_compiles_nothing_
     process = start(tmp_path, text)
     run = tmp_path / "runs" / "pretrain"
     wait_for_lines(run / "metrics.jsonl", 47, process)
+    assert sys.platform != "linux" or not [*listening(process.pid)]
     process.send_signal(number)
     if number == signal.SIGKILL:
         process.communicate()
@@ -273,6 +275,11 @@ def test_no_secret_is_written_or_said(text: Path, tmp_path: Path) -> None:
     wait_for_lines(tmp_path / "runs" / "stopped" / "metrics.jsonl", 2, stopped)
     stopped.terminate()
     said += finish(stopped, 75)
+    aborted = start(tmp_path, text, "--name", "aborted", "--steps=3000", **secrets)
+    wait_for_lines(tmp_path / "runs" / "aborted" / "metrics.jsonl", 2, aborted)
+    aborted.send_signal(signal.SIGABRT)  # as the watchdog does
+    said += finish(aborted, -signal.SIGABRT)
+    assert (tmp_path / "runs" / "aborted" / "stacks-0.txt").stat().st_size > 1000
     assert "s3://...@host/x?X-Amz-Signature=...&part=2 is not a folder" in said
     assert "made no progress" in said
     assert "canary" not in said

@@ -96,8 +96,8 @@ class Checkpoints:
         errors, is reported on stderr, what it wrote is removed, and the run goes on: the next save may succeed. Of
         several processes the first looks for room, for all bytes of the state, before any begins; where the disk then
         fails one in the middle, which the others would wait for, all leave for a restart, those others that are inside
-        `distributed.leaving_together`. Until a state is written it takes the host's memory once more; on one device of
-        a CPU twice, while Orbax begins.
+        `distributed.leaving_together`. Until a state is written it takes the host's memory once more; in one process on
+        CPUs twice, while Orbax begins.
 
         What several devices hold must be the same on all: where it isn't, one of them has failed without a sign, or the
         program isn't deterministic (`--xla_gpu_deterministic_ops=true`).
@@ -111,7 +111,7 @@ class Checkpoints:
             OSError: the last three saves failed so; older checkpoints are intact.
             RuntimeError: copies differ; the leaf and the devices are named, and older checkpoints are intact.
             ValueError: there is a newer checkpoint.
-            Exception: any other error of the save before, or, but on one device of a CPU, of this one's beginning.
+            Exception: any other error of the save before, or, but in one process on CPUs, of this one's beginning.
         """
         step, newest = int(state.step), self.latest
         if self._failed and self._failures >= FAILURES:

@@ -19,40 +19,42 @@ from jaxlm.fingerprint import begin_fingerprints, copies_agree, read_fingerprint
 def begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
     """Begins to write arrays into a folder, which may be donated then.
 
-    Where all lies in the host's memory on one device, it takes a copy and leaves the rest, which takes longer, to what
-    it returns. Elsewhere not: collectives that two threads begin have no order.
+    Where all lies in this process's memory, it takes a copy and leaves Orbax, which takes longer, to what it returns.
+    Elsewhere not: Orbax of several processes has collectives, and those that two threads begin have no order. So have
+    fingerprints of several devices.
 
     Returns:
         What waits until they are written, and returns their fingerprints. It may be called in another thread.
     """
-    copy = _copied_alone(parts)
-    if copy is None:
-        return _begin(path, parts)
-    copies = [copy]
-    return lambda: _begin(path, copies.pop())()  # which needs it no longer once it has begun
+    devices = _host_devices(parts)
+    copies = [_copied(parts) if devices else parts]
+    sums = begin_fingerprints(copies[0]) if len(devices) != 1 else {}
 
+    def write() -> tuple[Any, dict[str, jax.Array]]:
+        own = copies.pop()  # which goes as soon as Orbax has begun
+        context = ocp.Context()
+        # Writes into the folder itself: what it is worth is told by its name.
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        with context:
+            return ocp.save_checkpointables_async(str(path), own), sums or begin_fingerprints(own)
 
-def _begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
-    sums = begin_fingerprints(parts)
-    context = ocp.Context()
-    # Writes into the folder itself: what it is worth is told by its name.
-    context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-    with context:
-        response = ocp.save_checkpointables_async(str(path), parts)
+    begun = None if devices else write()
 
     def end() -> dict[str, str]:
+        response, found = begun or write()
         _wait(response)
-        return read_fingerprints(sums)
+        return read_fingerprints(found)
 
     return end
 
 
-def _copied_alone(parts: Json) -> Json | None:
+def _host_devices(parts: Json) -> set[Any]:
+    """The devices that hold them, where all is in the memory of this process alone; else none."""
     leaves = jax.tree.leaves(parts)
     if jax.process_count() > 1 or not all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return None
-    devices = set[jax.Device]().union(*(leaf.devices() for leaf in leaves))
-    return _copied(parts) if [device.platform for device in devices] == ["cpu"] else None
+        return set()
+    devices = set[Any]().union(*(leaf.devices() for leaf in leaves))
+    return devices if {device.platform for device in devices} == {"cpu"} else set()
 
 
 @jax.jit
@@ -63,7 +65,8 @@ def _copied(parts: Json) -> Json:
 def compile_ahead(parts: Json) -> None:
     """Compiles what would hold up the first save, but for fingerprints."""
     copies_agree(parts)
-    _copied_alone(parts)
+    if _host_devices(parts):
+        _copied(parts)
 
 
 def _wait(response: Any) -> None:

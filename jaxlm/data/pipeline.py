@@ -150,6 +150,11 @@ class Batches:
             batch["lengths"][rows.row] = rows.pieces["length"]
         if self.augment:
             batch["inputs"], batch["tokens"] = self._augmented(tokens, rows, index)
+            if (largest := max(batch["inputs"].max(), batch["tokens"].max())) >= self.vocab:
+                raise ValueError(
+                    f"batch {index} has the token id {largest}, which {list(self.augment)} put there, beyond the "
+                    f"vocabulary of {self.vocab}; their `ids` must name all that they put into rows"
+                )
         stage = self.plan.stages[self.plan.stage(index)]
         return batch | ({"window": Static(stage.window)} if stage.window else {})
 

@@ -88,3 +88,13 @@ def test_special_tokens_enlarge_the_vocabulary(corpus_path: Path) -> None:
     assert data.Batches(corpus, plan, 1, [data.TokenDropout(0.1, 5)]).vocab == corpus.vocab
     with pytest.raises(ValueError, match="an id beyond uint16"):
         data.Batches(corpus, plan, 1, [data.TokenDropout(0.1, 2**16)])
+
+
+def test_an_id_that_nobody_announced_is_refused(corpus_path: Path) -> None:
+    class Stray(data.TokenDropout):
+        ids = ()
+
+    corpus = data.open_corpus(corpus_path)
+    batches = data.Batches(corpus, data.pack(corpus.lengths, [16, 64], 512), 1, [Stray(1.0, 258)])
+    with pytest.raises(ValueError, match=r"batch 0 has the token id 258, which .*Stray.* beyond the vocabulary of 258"):
+        batches[0]

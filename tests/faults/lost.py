@@ -31,6 +31,20 @@ def killed(processes: int, victim: int, wait: float, folder: Path) -> dict[str, 
     return {"fault": f"one of {processes} killed", "codes": codes, "seconds": round(seconds, 3)}
 
 
+def stopped(victim: int, folder: Path) -> dict[str, object]:
+    with several(2, "endless", folder) as running:
+        for one in running:
+            one.wait_for("a step")
+        since = time.monotonic()
+        os.kill(running[victim].process.pid, signal.SIGSTOP)
+        code = running[1 - victim].end().code
+        seconds = time.monotonic() - since
+        os.kill(running[victim].process.pid, signal.SIGCONT)
+        codes = [code, running[victim].end().code]
+    assert set(codes) <= {75, -signal.SIGABRT}, codes
+    return {"fault": "one of 2 stopped, heartbeat 10 s", "codes": codes, "seconds": round(seconds, 3)}
+
+
 def hanging(how: str, victim: int, folder: Path) -> dict[str, object]:
     with several(2, "hanging", folder, also={"HANG": f"{victim} {how}"}) as running:
         running[victim].wait_for("hangs")
@@ -54,6 +68,9 @@ def main() -> None:
             victim, wait = rng.randrange(processes), rng.random()
             line = killed(processes, victim, wait, Path(folder))
             print(json.dumps({"trial": i, "victim": victim, **line}), flush=True)
+    for i in range(min(10, options.trials)):
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps({"trial": i, "victim": i % 2, **stopped(i % 2, Path(folder))}), flush=True)
     for i, how in enumerate([*HANGS][: options.trials]):
         for victim in (0, 1)[: options.trials]:
             with tempfile.TemporaryDirectory() as folder:

@@ -127,11 +127,11 @@ def look(folder: Path) -> Any:
     return {**found, "last": digest(again), "left": left}
 
 
-def judge(kind: str, ours: bool, ended: int, saved: Any, found: Any, digests: dict[str, str]) -> str:
+def judge(kind: str, ours: bool, stays: bool, ended: int, saved: Any, found: Any, digests: dict[str, str]) -> str:
     """What is wrong; nothing, if it is as it should be.
 
     Where `ours`, the call is jaxlm's own, which writes and syncs what Orbax has written: after that fails nothing may
-    count.
+    count. What can't be removed `stays` until the next save.
     """
     if found is None or "raised" in found:
         return f"could not go on: {found}"
@@ -140,7 +140,8 @@ def judge(kind: str, ours: bool, ended: int, saved: Any, found: Any, digests: di
     elif "refused" in saved:
         wrong = found["step"] != 2
     else:
-        wrong = "raised" in saved or found["step"] != 4 or any("unfinished" in name for name in saved["left"])
+        wrong = "raised" in saved or found["step"] != 4
+        wrong |= not stays and any("unfinished" in name for name in saved["left"])
         wrong |= ours and saved.get("third", False)
     wrong |= found["step"] != max(found["whole"]) or found["state"] != digests[str(found["step"])]
     wrong |= found["last"] != digests[str(LAST)] or any(not name.isdecimal() for name in found["left"])
@@ -163,8 +164,8 @@ def main() -> None:
         calls = log.read_text().splitlines()[: counted["calls"]]
         print(json.dumps({"calls": calls, "seed": options.seed}), flush=True)
         points = range(1, len(calls) + 1)
-        if options.kind != "kill":  # a file that can't be synchronized has failed too, but there is no lack of space
-            points = [k for k in points if calls[k - 1].split()[1] in ("open", "write", "mkdir", "fsync", "rename")]
+        if options.kind in ("ENOSPC", "full"):  # what is full can be emptied
+            points = [k for k in points if calls[k - 1].split()[1] != "remove"]
         if options.trials:
             points = sorted(random.Random(options.seed).sample(points, max(0, options.trials)))
         manifest = next(k for k, call in enumerate(calls, 1) if call.endswith(f"/3.unfinished/{_folder.MANIFEST}"))
@@ -175,7 +176,8 @@ def main() -> None:
             last = 10**9 if options.kind == "full" else k
             ended, saved = forked(save, shim, trial, k, last, KINDS[options.kind])
             _, found = forked(look, trial)
-            wrong = judge(options.kind, ours, ended, saved, found, digests)
+            stays = options.kind == "EIO" and calls[k - 1].split()[1] == "remove"
+            wrong = judge(options.kind, ours, stays, ended, saved, found, digests)
             print(json.dumps({"call": calls[k - 1], "step": found and found.get("step"), "wrong": wrong}), flush=True)
 
 
