@@ -1,6 +1,7 @@
 """A run as one page to look at. It needs matplotlib, from the extra `experiments`."""
 
 import html
+import importlib.util
 import io
 import json
 import math
@@ -8,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from jaxlm.files import read_json, write_whole
 from jaxlm.metrics import read_log, read_starts
+
+if importlib.util.find_spec("matplotlib") is None:  # it takes a second, and is imported when a run is over
+    raise ImportError("jaxlm.report draws with matplotlib, which isn't there: pip install 'jaxlm[experiments]'")
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
 h1 { margin-bottom: 0 } svg { width: 100%; height: auto } table { border-collapse: collapse }
@@ -62,12 +63,15 @@ def smooth(values: Sequence[float], window: int) -> Float[np.ndarray, " N"]:
 
 def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]]) -> str:
     """Loss, learning rate and throughput against the step, as SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     if not lines:
         return "<p>No step was taken.</p>"
     steps = [line["step"] for line in lines]
     window = max(1, len(lines) // 50)
 
-    def loss(axes: Axes) -> None:
+    def loss(axes: Any) -> None:
         bits = [line.get("loss", math.nan) / math.log(2) for line in lines]
         axes.plot(steps, bits, color="0.8", linewidth=0.7)
         axes.plot(steps, smooth(bits, window), label="training, bits per token")
@@ -78,11 +82,11 @@ def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, An
         axes.set_ylim(0, 1.05 * np.quantile(finite, 0.98) + 0.1)
         axes.legend(frameon=False)
 
-    def rate(axes: Axes) -> None:
+    def rate(axes: Any) -> None:
         axes.plot(steps, [line.get("learning_rate", math.nan) for line in lines])
         axes.set_ylim(0)
 
-    def throughput(axes: Axes) -> None:
+    def throughput(axes: Any) -> None:
         seconds = {line["step"]: line["seconds"] for line in timing if "seconds" in line}
         timed = [line for line in lines if line["step"] in seconds]
         spent = smooth([seconds[line["step"]] for line in timed], window)
@@ -92,7 +96,7 @@ def _curves(lines: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, An
 
     waited, taken = (sum(line.get(name, 0.0) for line in timing) for name in ("waited", "seconds"))
     waiting = waited / (taken or 1)
-    panels: dict[str, Callable[[Axes], None]] = {
+    panels: dict[str, Callable[[Any], None]] = {
         "Loss": loss,
         "Learning rate": rate,
         f"Throughput: predicted real tokens per second ({waiting:.2%} of the time it waited for data)": throughput,
