@@ -25,7 +25,9 @@ def test_runs_two_steps(script: Path, tmp_path: Path) -> None:
     done = run(script, "--smoke", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
-    for results in tmp_path.glob("*/results.json") if script in EXPERIMENTS else ():
+    found = [*tmp_path.glob("*/results.json")]
+    assert len(found) == (script.stem in ("attention", "lengths", "optimizers") and script in EXPERIMENTS)
+    for results in found:
         assert {"command", "sources", "data", "config", "jax"} <= json.loads(results.read_text()).keys()
 
 

@@ -19,9 +19,9 @@ from jaxlm.fingerprint import begin_fingerprints, copies_agree, read_fingerprint
 def begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
     """Begins to write arrays into a folder, which may be donated then.
 
-    Where all lies in this process's memory, it takes a copy and leaves Orbax, which takes longer, to what it returns.
-    Elsewhere not: Orbax of several processes has collectives, and those that two threads begin have no order. So have
-    fingerprints of several devices.
+    Where all are arrays on CPUs of this process alone, it takes a copy and leaves Orbax, which takes longer, to what it
+    returns. Of several processes not: Orbax has collectives then, and those that two threads begin have no order; so
+    have fingerprints of several devices.
 
     Returns:
         What waits until they are written, and returns their fingerprints. It may be called in another thread.
@@ -53,7 +53,7 @@ def _host_devices(parts: Json) -> set[Any]:
     leaves = jax.tree.leaves(parts)
     if jax.process_count() > 1 or not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return set()
-    devices = set[Any]().union(*(leaf.devices() for leaf in leaves))
+    devices = {device for leaf in leaves for device in leaf.devices()}
     return devices if {device.platform for device in devices} == {"cpu"} else set()
 
 

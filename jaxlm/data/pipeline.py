@@ -125,8 +125,8 @@ class Batches:
 
         Raises:
             IndexError: `index` isn't below `len(batches)`.
-            ValueError: a corpus isn't what was written, or holds an id beyond its vocabulary, which on a device would
-                silently be another.
+            ValueError: a corpus isn't what was written, or it or an augmentation has an id beyond the vocabulary, which
+                on a device would silently be another.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
@@ -150,11 +150,6 @@ class Batches:
             batch["lengths"][rows.row] = rows.pieces["length"]
         if self.augment:
             batch["inputs"], batch["tokens"] = self._augmented(tokens, rows, index)
-            if (largest := max(batch["inputs"].max(), batch["tokens"].max())) >= self.vocab:
-                raise ValueError(
-                    f"batch {index} has the token id {largest}, which {list(self.augment)} put there, beyond the "
-                    f"vocabulary of {self.vocab}; their `ids` must name all that they put into rows"
-                )
         stage = self.plan.stages[self.plan.stage(index)]
         return batch | ({"window": Static(stage.window)} if stage.window else {})
 
@@ -224,6 +219,12 @@ class Batches:
             rng = np.random.Generator(np.random.Philox(seed))
             for augment in self.augment:
                 changed = augment(changed, rng)
+            for ids in (changed.inputs, changed.tokens):
+                if ids.min() < 0 or ids.max() >= self.vocab:
+                    raise ValueError(
+                        f"batch {index} has token ids from {ids.min()} to {ids.max()} after {self.augment}, and a "
+                        f"vocabulary of {self.vocab}; their `ids` must name all that they put into rows"
+                    )
             inputs[row], tokens[row] = changed.inputs, changed.tokens
         return inputs, tokens
 

@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+import base64
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ from jaxlm import files
 from jaxlm.optional import optional
 
 END = "<|endoftext|>"
-GROWTH = 256
+GROWTH = 2**12
 """Times that the rules of a tokenizer's JSON may lengthen a text: each alone may be harmless, and all make millions."""
 
 
@@ -119,8 +120,8 @@ class SubwordTokenizer:
     def encode(self, text: bytes) -> Integer[np.ndarray, " T"]:
         try:
             found = self._encode(text.decode(errors="replace"))
-        except BaseException as error:  # also a panic of Rust's, which is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        except BaseException as error:  # what Rust raises, and its panics, which are no Exceptions
+            if type(error).__name__ not in ("Exception", "PanicException"):
                 raise
             raise ValueError(f"the tokenizer can't cut up a text of {len(text)} bytes: {error!s:.300}") from None
         ids = np.empty(len(found) + 2, np.uint32)
@@ -138,7 +139,7 @@ class SubwordTokenizer:
             raise
         except Exception as error:  # it raises nothing more precise
             raise ValueError(f"this is not the JSON of a tokenizer: {error!s:.300}") from None
-        for name in ("normalizer", "decoder"):
+        for name in ("normalizer", "pre_tokenizer", "decoder"):
             rules = getattr(model, name)
             if rules is not None and (times := _growth(json.loads(rules.__getstate__()))) > GROWTH:
                 raise ValueError(f"its {name} could make a text {times:.3g} times as long; {GROWTH} times are allowed")
@@ -164,20 +165,28 @@ class SubwordTokenizer:
 
 
 def _growth(rules: Any) -> int | float:
-    """How many times as long a text can become by rules that replace one string by another, or put one before it."""
-    if isinstance(rules, list):
-        return math.prod(map(_growth, cast(list[Any], rules)))
-    if not isinstance(rules, dict):
-        return 1
-    rule = cast(dict[str, Any], rules)
-    match rule.get("type"):
-        case "Replace":
-            found, by = rule["pattern"].get("String"), len(rule["content"])
-            return max(1, by / len(found)) if found else 1 + by  # an expression may match between any two letters
-        case "Prepend":
-            return 1 + len(rule["prepend"])
+    """How many times as long a text can become by rules that put strings into it, one after another."""
+    match rules:
+        case {"type": "Replace", "pattern": {"String": str(found)}, "content": str(by)} if found:
+            return max(1.0, len(by) / len(found))
+        case {"type": "Replace", "content": str(by)}:  # an expression may match between any two letters
+            return 1.0 + len(by)
+        case {"type": "Prepend", "prepend": str(text)}:
+            return 1.0 + len(text)
+        case {"type": "ByteLevel"}:  # a letter for each byte
+            return 4.0
+        case {"type": "BertNormalizer"}:  # a space on each side
+            return 3.0
+        case {"type": "Precompiled", "precompiled_charsmap": str(table)}:  # a trie, and then what it leads to
+            content = base64.b64decode(table)
+            strings = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
+            return max(1.0, *map(len, strings))
+        case dict():
+            return math.prod(map(_growth, cast(dict[str, Any], rules).values()), start=1.0)
+        case list():
+            return math.prod(map(_growth, cast(list[Any], rules)), start=1.0)
         case _:
-            return math.prod(map(_growth, rule.values()))
+            return 1.0
 
 
 def _gigatoken(content: str) -> Callable[[str], Any]:

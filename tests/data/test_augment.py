@@ -91,10 +91,16 @@ def test_special_tokens_enlarge_the_vocabulary(corpus_path: Path) -> None:
 
 
 def test_an_id_that_nobody_announced_is_refused(corpus_path: Path) -> None:
-    class Stray(data.TokenDropout):
+    @dataclasses.dataclass(frozen=True)
+    class Stray:
+        id: int
         ids = ()
 
+        def __call__(self, row: Row, _: np.random.Generator) -> Row:
+            return row._replace(inputs=np.where(row.inputs == 257, self.id, row.inputs.astype(np.int64)))
+
     corpus = data.open_corpus(corpus_path)
-    batches = data.Batches(corpus, data.pack(corpus.lengths, [16, 64], 512), 1, [Stray(1.0, 258)])
-    with pytest.raises(ValueError, match=r"batch 0 has the token id 258, which .*Stray.* beyond the vocabulary of 258"):
-        batches[0]
+    for stray in (258, 2**16 + 5, -1):
+        batches = data.Batches(corpus, data.pack(corpus.lengths, [16, 64], 512), 1, [Stray(stray)])
+        with pytest.raises(ValueError, match=rf"batch 0 has token ids .*{stray} .*after .*Stray.* of 258"):
+            batches[0]

@@ -243,23 +243,30 @@ def test_a_pattern_that_never_ends_is_an_error_and_no_panic(trained: data.Subwor
         found.encode(b"a" * 30 + b"d")
 
 
+CHARSMAP = base64.b64encode(bytes(4) + b"a" * 100 + b"\0").decode()
+
+
 @pytest.mark.parametrize(
     "rules",
     [
-        [{"type": "Replace", "pattern": {"String": a}, "content": 9 * b} for a, b in ("ab", "bc", "cd")],
-        [{"type": "Replace", "pattern": {"Regex": "x*"}, "content": "yyy"}] * 5,
-        [{"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 256}]}],
+        [{"type": "Replace", "pattern": {"String": a}, "content": 17 * b} for a, b in ("ab", "bc", "cd")],
+        [{"type": "Replace", "pattern": {"Regex": "x*"}, "content": "yyyyyyy"}] * 500,  # more than any float
+        [{"type": "Prepend", "prepend": "x" * 64}] * 2,
+        [{"type": "ByteLevel"}] * 7,
+        [{"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}] * 8,
+        [{"type": "Precompiled", "precompiled_charsmap": CHARSMAP}] * 3,
     ],
+    ids=lambda rules: rules[0]["type"],
 )
 def test_rules_that_would_make_millions_of_letters_of_one_are_refused(
     trained: data.SubwordTokenizer, rules: list[Any]
 ) -> None:
     content = json.loads(trained.content)
-    for some in ([], rules[:1] if len(rules) > 1 else [{"type": "Prepend", "prepend": "_"}]):
+    for some in ([], rules[:1]):
         normalizer = {"type": "Sequence", "normalizers": some}
         data.SubwordTokenizer(json.dumps({**content, "normalizer": normalizer}), trained.end_token)
     normalizer = {"type": "Sequence", "normalizers": rules}
-    with pytest.raises(ValueError, match=r"its normalizer could make a text .* times as long; 256 times are allowed"):
+    with pytest.raises(ValueError, match=r"its normalizer could make a text .* times as long; 4096 times are allowed"):
         data.SubwordTokenizer(json.dumps({**content, "normalizer": normalizer}), trained.end_token)
 
 
@@ -309,3 +316,26 @@ def test_damaged_files_of_gpt2_are_refused(tmp_path: Path, gpt2: Path, name: str
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="are not a vocabulary and its merges"):
         data.gpt2_files(tmp_path)
+
+
+def test_without_gigatoken_it_is_said_what_to_install(
+    trained: data.SubwordTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[gigatoken\]'"):
+        data.faster(trained, [b"some text"])
+
+
+@pytest.mark.parametrize("name", ["pre_tokenizer", "decoder"])
+def test_rules_before_and_after_the_vocabulary_are_bounded_too(name: str, trained: data.SubwordTokenizer) -> None:
+    each = {"pre_tokenizer": {"type": "ByteLevel"}, "decoder": {"type": "Replace", "pattern": {"String": "a"}}}[name]
+    defaults = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False, "content": 9 * "b"}
+    kind = {"pre_tokenizer": "pretokenizers", "decoder": "decoders"}[name]
+    for number in (2, 7):
+        rules = {"type": "Sequence", kind: [defaults | each] * number}
+        content = json.dumps({**json.loads(trained.content), name: rules})
+        if number == 2:
+            data.SubwordTokenizer(content, trained.end_token)
+        else:
+            with pytest.raises(ValueError, match=rf"its {name} could make a text .* times as long"):
+                data.SubwordTokenizer(content, trained.end_token)

@@ -1,4 +1,4 @@
-"""Kills one process of several again and again, or lets it hang, and measures how long the others take to be gone.
+"""Kills one process of several again and again, stops it, or lets it hang: how long do the others take to be gone?
 
 A script: it prints a line of JSON per trial, with the seconds from the end of one to that of the last, or from where it
 hangs. The processes and what they do are those of tests/processes.py.
