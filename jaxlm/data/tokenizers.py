@@ -139,10 +139,11 @@ class SubwordTokenizer:
             raise
         except Exception as error:  # it raises nothing more precise
             raise ValueError(f"this is not the JSON of a tokenizer: {error!s:.300}") from None
-        for name in ("normalizer", "pre_tokenizer", "decoder"):
-            rules = getattr(model, name)
-            if rules is not None and (times := _growth(json.loads(rules.__getstate__()))) > GROWTH:
-                raise ValueError(f"its {name} could make a text {times:.3g} times as long; {GROWTH} times are allowed")
+        rules = [
+            json.loads(part.__getstate__()) for part in (model.normalizer, model.pre_tokenizer, model.decoder) if part
+        ]
+        if (times := _growth(rules)) > GROWTH:
+            raise ValueError(f"its rules could make a text {times:.3g} times as long; {GROWTH} times are allowed")
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True

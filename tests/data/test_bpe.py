@@ -266,7 +266,7 @@ def test_rules_that_would_make_millions_of_letters_of_one_are_refused(
         normalizer = {"type": "Sequence", "normalizers": some}
         data.SubwordTokenizer(json.dumps({**content, "normalizer": normalizer}), trained.end_token)
     normalizer = {"type": "Sequence", "normalizers": rules}
-    with pytest.raises(ValueError, match=r"its normalizer could make a text .* times as long; 4096 times are allowed"):
+    with pytest.raises(ValueError, match=r"its rules could make a text .* times as long; 4096 times are allowed"):
         data.SubwordTokenizer(json.dumps({**content, "normalizer": normalizer}), trained.end_token)
 
 
@@ -331,11 +331,11 @@ def test_rules_before_and_after_the_vocabulary_are_bounded_too(name: str, traine
     each = {"pre_tokenizer": {"type": "ByteLevel"}, "decoder": {"type": "Replace", "pattern": {"String": "a"}}}[name]
     defaults = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False, "content": 9 * "b"}
     kind = {"pre_tokenizer": "pretokenizers", "decoder": "decoders"}[name]
-    for number in (2, 7):
+    for number in (1, 7):
         rules = {"type": "Sequence", kind: [defaults | each] * number}
         content = json.dumps({**json.loads(trained.content), name: rules})
-        if number == 2:
+        if number == 1:
             data.SubwordTokenizer(content, trained.end_token)
         else:
-            with pytest.raises(ValueError, match=rf"its {name} could make a text .* times as long"):
+            with pytest.raises(ValueError, match=r"its rules could make a text .* times as long"):
                 data.SubwordTokenizer(content, trained.end_token)
