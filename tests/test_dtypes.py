@@ -1,6 +1,7 @@
 """Whatever type numbers have, wherever they come from: they are taken as they are, or refused."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,22 @@ def test_ids_of_other_types_are_refused_without_a_checker_of_types() -> None:
 CONFIG = models.TransformerConfig(vocab=300, layers=1, width=8, heads=2)
 INIT, APPLY = models.transformer(CONFIG)
 OPTIMIZER, KEY = optax.sgd(0.1), jax.random.key(0)
+START = jax.jit(lambda: train.start(INIT(KEY), OPTIMIZER))
+STEP = train.make_step(jax.value_and_grad(losses.next_token(APPLY), has_aux=True), OPTIMIZER, jax.random.key(1))
+
+
+@functools.cache
+def compiled() -> Any:
+    return train.compile_step(STEP, START(), [{"tokens": jax.ShapeDtypeStruct((1, 4), np.int32)}])
 
 
 def losses_after(tokens: np.ndarray, how: str) -> float:
     """The loss of the second of two steps on a batch."""
-    step = train.make_step(jax.value_and_grad(losses.next_token(APPLY), has_aux=True), OPTIMIZER, jax.random.key(1))
-    state = train.start(INIT(jax.random.key(0)), OPTIMIZER)
     batch: Any = {"tokens": tokens}
     if how == "placed":
         batch = sharding.place(batch, sharding.by_rows(sharding.mesh(devices=jax.devices()[:1])))
-    if how == "compiled":
-        step = train.compile_step(step, state, [{"tokens": jax.ShapeDtypeStruct(tokens.shape, np.int32)}])
-    (_, _), (_, metrics) = [(s.step, m) for s, m in train.fit(step, state, [batch, batch])]
+    step = compiled() if how == "compiled" else STEP
+    (_, _), (_, metrics) = [(s.step, m) for s, m in train.fit(step, START(), [batch, batch])]
     return float(metrics["loss"])
 
 
