@@ -88,7 +88,7 @@ def killed(kills: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
 
 
 def lost(trials: int, seed: int) -> Iterator[dict[str, Any]]:
-    """One process of several killed, stopped or hanging: how long, from the end of patience, until all are gone."""
+    """One process of several killed, stopped or hanging: seconds until all are gone, as lost.py counts them."""
     seconds: dict[str, list[float]] = collections.defaultdict(list)
     for line in lines("lost", f"--trials={trials}", f"--seed={seed}"):
         seconds[line["fault"]].append(line["seconds"])

@@ -147,7 +147,8 @@ def test_what_was_to_be_skipped_is_read_or_refused(pretrain: ModuleType, text: P
         skips.write_text(text_of_it)
         with pytest.raises(ValueError, match=r"skips.json is damaged"):
             pretrain.main(config)
-    for batches in (None, 3, {}, [3], [[1]], [[0, 2.0]], [[0, 1, 2], [3]], [[0, 10**400]], [["a", "b"]], [[2, 1]]):
+    lists = [3], [[1]], [[0, 2.0]], [[0, 1, 2], [3]], [[0, 10**400]], [["a", "b"]], ["ab"], [[2, 1]]
+    for batches in (None, 3, {}, *lists):
         skips.write_text(files.signed({"batches": batches}))
         with pytest.raises(ValueError, match=r"skips.json is damaged: .* are no ranges of batches"):
             pretrain.main(config)

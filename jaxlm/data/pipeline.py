@@ -208,7 +208,7 @@ class Batches:
     def _augmented(self, tokens: Integer[np.ndarray, "B T"], rows: Rows, index: int) -> tuple[Any, Any]:
         """What the model sees and what it predicts, row by row."""
         inputs, tokens = tokens.copy(), tokens.copy()
-        each = rows.num_rows // len(self.share[0])
+        each, vocab = rows.num_rows // len(self.share[0]), self.vocab
         for row in range(rows.num_rows):
             these = rows.row == row
             bounds = np.stack([rows.at[these], rows.at[these] + rows.pieces["length"][these]], axis=1)
@@ -220,10 +220,10 @@ class Batches:
             for augment in self.augment:
                 changed = augment(changed, rng)
             for ids in (changed.inputs, changed.tokens):
-                if ids.min() < 0 or ids.max() >= self.vocab:
+                if ids.min() < 0 or ids.max() >= vocab:
                     raise ValueError(
                         f"batch {index} has token ids from {ids.min()} to {ids.max()} after {self.augment}, and a "
-                        f"vocabulary of {self.vocab}; their `ids` must name all that they put into rows"
+                        f"vocabulary of {vocab}; their `ids` must name all that they put into rows"
                     )
             inputs[row], tokens[row] = changed.inputs, changed.tokens
         return inputs, tokens

@@ -18,31 +18,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from processes import HANGING, HANGS, several
 
 
-def killed(processes: int, victim: int, wait: float, folder: Path) -> dict[str, object]:
+def lost(processes: int, victim: int, wait: float, number: signal.Signals, folder: Path) -> dict[str, object]:
     with several(processes, "endless", folder) as running:
         for one in running:
             one.wait_for("a step")
         time.sleep(wait)
         since = time.monotonic()
-        os.kill(running[victim].process.pid, signal.SIGKILL)
+        os.kill(running[victim].process.pid, number)
         codes = [one.end().code for one in running if one is not running[victim]]
         seconds = time.monotonic() - since
     assert set(codes) <= {75, -signal.SIGABRT}, codes
-    return {"fault": f"one of {processes} killed", "codes": codes, "seconds": round(seconds, 3)}
-
-
-def stopped(victim: int, folder: Path) -> dict[str, object]:
-    with several(2, "endless", folder) as running:
-        for one in running:
-            one.wait_for("a step")
-        since = time.monotonic()
-        os.kill(running[victim].process.pid, signal.SIGSTOP)
-        code = running[1 - victim].end().code
-        seconds = time.monotonic() - since
-        os.kill(running[victim].process.pid, signal.SIGCONT)
-        codes = [code, running[victim].end().code]
-    assert set(codes) <= {75, -signal.SIGABRT}, codes
-    return {"fault": "one of 2 stopped, heartbeat 10 s", "codes": codes, "seconds": round(seconds, 3)}
+    how = "killed" if number == signal.SIGKILL else "stopped, heartbeat 10 s"
+    return {"fault": f"one of {processes} {how}", "codes": codes, "seconds": round(seconds, 3)}
 
 
 def hanging(how: str, victim: int, folder: Path) -> dict[str, object]:
@@ -70,7 +57,10 @@ def main() -> None:
             print(json.dumps({"trial": i, "victim": victim, **line}), flush=True)
     for i in range(min(10, options.trials)):
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps({"trial": i, "victim": i % 2, **stopped(i % 2, Path(folder))}), flush=True)
+            print(
+                json.dumps({"trial": i, "victim": i % 2, **lost(2, i % 2, 0.0, signal.SIGSTOP, Path(folder))}),
+                flush=True,
+            )
     for i, how in enumerate([*HANGS][: options.trials]):
         for victim in (0, 1)[: options.trials]:
             with tempfile.TemporaryDirectory() as folder:
