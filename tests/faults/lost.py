@@ -53,7 +53,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             processes = rng.choice([2, 2, 4])
             victim, wait = rng.randrange(processes), rng.random()
-            line = killed(processes, victim, wait, Path(folder))
+            line = lost(processes, victim, wait, signal.SIGKILL, Path(folder))
             print(json.dumps({"trial": i, "victim": victim, **line}), flush=True)
     for i in range(min(10, options.trials)):
         with tempfile.TemporaryDirectory() as folder:
