@@ -114,6 +114,8 @@ def main(config: Config) -> None:
     for (name, plan), seed in itertools.product(plans.items(), range(config.seeds)):
         runs.append({"method": name, "seed": seed, "plan": plan(seed=seed), "state": start(seed)})
         runs[-1] |= {"steps": 0, "predicted": 0.0, "seconds": [0.0], "bits": []}
+    about = metrics.provenance(config=dataclasses.asdict(config), data=corpus.fingerprint)
+    about |= {"step_seconds": taken, "bucket": best}
     for turn in range(config.rounds):
         for run in random.sample(runs, len(runs)):
             batches, spent = data.Batches(corpus, run["plan"], MOST), run["seconds"][-1]
@@ -126,9 +128,7 @@ def main(config: Config) -> None:
             run["seconds"].append(spent)
             run["bits"].append(heldout.bits_per_byte(evaluate(eval_fn, run["state"][1].params, unseen)["loss"]))
         results = [{name: x for name, x in run.items() if name not in ("state", "plan")} for run in runs]
-        about = metrics.provenance(config=dataclasses.asdict(config), data=corpus.fingerprint)
-        about |= {"step_seconds": taken, "bucket": best, "runs": results}
-        files.write_whole(folder / "results.json", json.dumps(about))
+        files.write_whole(folder / "results.json", json.dumps({**about, "runs": results}))
         lines = ["| method | steps | seconds | tokens predicted/s | bits per byte |", "|---|---|---|---|---|"]
         axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
         for name in plans:
