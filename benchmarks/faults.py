@@ -167,7 +167,7 @@ def main() -> None:
             "results": results,
         }
         out = HERE / "results" / f"faults-{machine.file_name(device)}.json"
-        if options.only:  # its rows say for themselves how they were made
+        if options.only and out.exists():  # its rows say for themselves how they were made
             new = {r["fault"]: {**r, **{name: record[name] for name in record if name != "results"}} for r in results}
             record = json.loads(out.read_text())
             record["results"] = [r for r in record["results"] if r["fault"] not in new] + [*new.values()]

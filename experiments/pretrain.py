@@ -121,9 +121,9 @@ def main(config: Config) -> None:
         print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
         print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices))
     start = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))
-    step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), start.eval_shape(), batches.specs(by_rows))
-    state = start()
-    eval_fn = compile_eval(grads.parallel_loss(loss_fn, layout, dtype=dtype), state.params, unseen.specs(by_rows))
+    like = start.eval_shape()
+    step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), like, batches.specs(by_rows))
+    eval_fn = compile_eval(grads.parallel_loss(loss_fn, layout, dtype=dtype), like.params, unseen.specs(by_rows))
 
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in (*FREE, "name", "text")}
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint, "run": kept}
@@ -140,14 +140,14 @@ def main(config: Config) -> None:
 
         with distributed.stop_signals() as stop, saved as checkpoints:
             if debug is not None:
-                state = checkpoints.restore(state, until=debug - 1, watch=watch) or state
+                state = checkpoints.restore(like, until=debug - 1, watch=watch) or start()
                 for i in watch.each("taking again the step on batch", range(int(state.step), debug - 1)):
                     state, _ = step(state, place(batches[i]))
                 batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
                 found = first_nan(alone, sharding.to_host(state.params), batch, jax.random.fold_in(step_key, debug - 1))
                 print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
                 return
-            state = checkpoints.restore(state, watch=watch) or state
+            state = checkpoints.restore(like, watch=watch) or start()
             done = int(state.step)
             by_first(lambda: metrics.note_start(folder, done, data=batches.fingerprint, skips=skips))
             glance = {"heldout": bits_per_byte(state.params, GLANCE)} if done in pauses else {}

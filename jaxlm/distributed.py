@@ -315,17 +315,16 @@ def _agreed_stop() -> Callable[[], bool]:
 
 def _listen(done: threading.Event) -> None:
     """Answers, when another leaves, for a main thread that may be inside a collective and wait for it."""
-    with contextlib.suppress(*UNREACHABLE):
-        while not done.wait(LISTEN_EVERY):
-            late = threading.Timer(PATIENCE, _warn, [f"process 0 has not answered for {PATIENCE:g} s: is it stopped?"])
-            late.daemon = True
-            late.start()
-            try:
-                leaving = _coordination().client.key_value_dir_get(LEAVING)
-            finally:
-                late.cancel()
-            if leaving:
-                _leave("")
+    while not done.wait(LISTEN_EVERY):
+        late = threading.Timer(PATIENCE, _warn, [f"process 0 has not answered for {PATIENCE:g} s: is it stopped?"])
+        late.daemon = True
+        late.start()
+        leaving = None
+        with contextlib.suppress(*UNREACHABLE):  # for a moment: after the heartbeat's time JAX ends the process
+            leaving = _coordination().client.key_value_dir_get(LEAVING)
+        late.cancel()
+        if leaving:
+            _leave("")
 
 
 def _warn(text: str) -> None:

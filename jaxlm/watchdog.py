@@ -119,6 +119,7 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
         )
     if path.exists() and path.stat().st_size:
         path.replace(f"{path}.previous")
+    before = faulthandler.is_enabled()
     with create(path) as file:
         faulthandler.enable(file)
         watcher = subprocess.Popen(
@@ -136,4 +137,6 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
             watcher.kill()
             watcher.wait()
             faulthandler.disable()
+            if before:
+                faulthandler.enable()
             path.unlink(missing_ok=True)

@@ -66,11 +66,23 @@ def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
 def test_a_state_on_the_host_or_on_several_devices_is_saved_as_it_is(tmp_path: Path) -> None:
     numbers = np.arange(3, dtype=np.int16)
     params = {"host": numbers, "first": jnp.asarray(numbers), "last": jax.device_put(numbers, jax.devices()[-1])}
+    state = TrainState(jnp.ones((), jnp.int32), params, jnp.zeros(1))
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-        checkpoints.save(TrainState(jnp.ones((), jnp.int32), params, jnp.zeros(1)))
+        checkpoints.save(state)
     loaded, _ = checkpoint.load_params(tmp_path)
     for found in loaded.values():
         np.testing.assert_array_equal(found, numbers)
+
+
+def test_what_has_no_sharding_is_restored_to_the_first_device(tmp_path: Path) -> None:
+    state = TrainState(np.ones((), np.int32), {"w": np.arange(3, dtype=np.int16)}, jnp.zeros(1))
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        checkpoints.save(state)
+        for like in (state, jax.eval_shape(lambda: state)):
+            restored = checkpoints.restore(like)
+            assert restored is not None
+            assert same(restored, state)
+            assert restored.params["w"].devices() == {jax.devices()[0]}
 
 
 @pytest.mark.sampled(2)
@@ -222,14 +234,17 @@ def test_a_run_goes_back_and_an_earlier_step_can_be_restored(tmp_path: Path) -> 
             assert restored is not None
             assert same(restored, state_at(expected))
         assert checkpoints.restore(like, until=9) is None
+        for step, loss in ((20, 2.0), (30, 1.0)):
+            checkpoints.score(step, loss)
         (tmp_path / "40.rewound" / "rest").mkdir(parents=True)  # from when the run was killed as it removed that
         assert checkpoints.rewind(25) == checkpoints.latest == 20
-        assert names(tmp_path) == ["10", "20", "30.rewound", "40.rewound"]
+        assert names(tmp_path) == ["10", "20", "30.rewound", "40.rewound", "scores.json"]
+        assert checkpoints._scores == _folder.read_scores(tmp_path) == {20: 2.0}
         checkpoints.save(state_at(21))
         checkpoints.wait()
-        assert names(tmp_path) == ["10", "20", "21"]
+        assert names(tmp_path) == ["10", "20", "21", "scores.json"]
         assert checkpoints.rewind(5) == 10  # the oldest, rather than none
-    assert names(tmp_path) == ["10", "20.rewound", "21.rewound"]
+    assert names(tmp_path) == ["10", "20.rewound", "21.rewound", "scores.json"]
     shutil.rmtree(tmp_path / "10" / "params")  # as bad luck will have it
     with (
         checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints,

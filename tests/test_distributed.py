@@ -5,9 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
@@ -253,6 +255,27 @@ def test_alone_nothing_changes(started: list[dict[str, Any]]) -> None:
         raise OSError("another error")
     with pytest.raises(SystemExit, match="75"), distributed.leaving_together():
         fail()
+
+
+def test_it_listens_on_after_process_0_was_unreachable_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, left, done = iter([jax.errors.JaxRuntimeError("UNAVAILABLE"), [], [("1", "failed")]]), [], threading.Event()
+
+    def look(_: str) -> Any:
+        if isinstance(answer := next(found), Exception):
+            raise answer
+        return answer
+
+    def leave(failure: str) -> None:
+        left.append(failure)
+        done.set()
+
+    state = mock.Mock()
+    state.client.key_value_dir_get = look
+    monkeypatch.setattr(distributed, "_coordination", lambda: state)
+    monkeypatch.setattr(distributed, "_leave", leave)
+    monkeypatch.setattr(distributed, "LISTEN_EVERY", 0.001)
+    distributed._listen(done)
+    assert left == [""]
 
 
 @pytest.mark.sampled(3)

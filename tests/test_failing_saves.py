@@ -1,9 +1,10 @@
 """A save that fails is said and loses nothing; the third in a row ends the run; so does an error of another kind."""
 
 import errno
+import os
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from states import ABOUT, names, same, save, state_at
 
-from jaxlm import checkpoint
+from jaxlm import checkpoint, files
 from jaxlm.checkpoint import _folder, _writing
 
 
@@ -75,6 +76,26 @@ def test_the_third_failure_in_a_row_is_raised_and_so_is_that_of_the_last_save(tm
         ):
             checkpoints.save(state_at(6))
     assert names(tmp_path) == ["1"]
+
+
+def test_a_checkpoint_that_counts_though_its_save_failed_is_not_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_last(path: Path, sync: Callable[[Path], None] = files.sync) -> None:
+        sync(path)
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    checkpoints.save(state_at(1))
+    checkpoints.wait()
+    monkeypatch.setattr(files, "sync", fail_last)
+    checkpoints.save(state_at(2))
+    assert checkpoints.latest == 2
+    checkpoints.save(state_at(2))
+    with pytest.raises(OSError, match="checkpoint 2 was not saved: Input/output error"):
+        checkpoints.close()
+    assert names(tmp_path) == ["1", "2"]
 
 
 def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Path) -> None:

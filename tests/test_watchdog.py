@@ -1,5 +1,6 @@
 """A process that hangs, however it does, is ended in time, with a line that says where it was."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -62,6 +63,7 @@ def test_a_process_that_goes_on_is_left_alone_and_nothing_remains(tmp_path: Path
             time.sleep(0.3)
             watchdog(f"at {i}")
     assert not any(tmp_path.iterdir())
+    assert faulthandler.is_enabled()  # as it was before, by pytest
     (tmp_path / "stacks.txt").write_text("of a run that was ended")
     with watching(tmp_path / "stacks.txt", seconds=1):
         pass

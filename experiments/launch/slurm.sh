@@ -8,8 +8,10 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
+# --signal ends the tasks, not this script, two minutes before --time is over: they save, and are queued again.
 # No --gpus-per-task: JAX gives each process its GPU by SLURM_LOCALID, and so must see all of the machine.
 set -uo pipefail
 

@@ -5,8 +5,8 @@ Start: experiments/launch/supervise.py runs/pretrain -- python experiments/pretr
 On several machines start it on each, or let SLURM or Kubernetes do the same (docs/reliability.md).
 
 A run that exits with 0 is done. With 75, or ended by a signal, it is started again; with anything else it failed with
-an error that it would meet again. Three starts in a row without a new checkpoint end it too. A signal to this program
-is passed on, and the run then not started again.
+an error that it would meet again. Three starts in a row without a new checkpoint end it too, and the waits between
+them grow. A signal to this program is passed on, and the run then not started again.
 """
 
 import signal
@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RESTART = 75
-FRUITLESS = 3  # starts in a row
-LONGEST_WAIT = 60  # seconds
+WAITS = 1, 10, 60  # seconds, by the number of starts in a row without a new checkpoint, of which there may be no more
 
 
 def newest(run: Path) -> int:
@@ -51,11 +50,11 @@ def supervise(run: Path, command: list[str]) -> int:
         again = code == RESTART or code < 0 or 128 < code < 160
         fruitless = 0 if after > before else fruitless + 1
         what = f"supervise: start {starts} ended with exit code {code}, its newest checkpoint is that of step {after}"
-        if code == 0 or asked or not again or fruitless == FRUITLESS:
+        if code == 0 or asked or not again or fruitless == len(WAITS):
             why = "without a new checkpoint three times in a row; " if again and not asked and code else ""
             print(f"{what}; {why}not started again", file=sys.stderr, flush=True)
             return code if code >= 0 else 128 - code
-        wait, before = min(2**fruitless, LONGEST_WAIT), after
+        wait, before = WAITS[fruitless], after
         print(f"{what}; started again in {wait} s", file=sys.stderr, flush=True)
         until = time.monotonic() + wait
         while not asked and time.monotonic() < until:

@@ -133,23 +133,20 @@ class Checkpoints:
 
         failed = distributed.by_first(lambda: getattr(self._attempt(step, prepare), "errno", None))
         if failed:
-            self._saving = step, _future_of(OSError(failed, os.strerror(failed)))
-            return
-        path = _folder.unfinished(self._folder, step)
-        end = self._attempt(step, lambda: begin(path, parts), together=True)
-        if isinstance(end, OSError):
-            self._saving = step, _future_of(end)
+            end = OSError(failed, os.strerror(failed))
         else:
-            self._saving = step, self._background.submit(self._finish, step, shapes(parts), end)
+            path = _folder.unfinished(self._folder, step)
+            end = self._attempt(step, lambda: begin(path, parts), together=True)
+        self._saving = step, self._background.submit(self._finish, step, shapes(parts), end)
 
-    def _finish(self, step: int, shapes: Json, end: Callable[[], dict[str, str]]) -> None:
-        """Waits until all arrays are written, and lets them count. It runs in the background."""
+    def _finish(self, step: int, shapes: Json, end: Callable[[], dict[str, str]] | OSError) -> None:
+        """Waits until all arrays are written, and lets them count, in the background; or raises why they aren't."""
 
         def commit() -> None:
             leaves = {name: [*shape, prints[name]] for name, shape in shapes.items()}
             _folder.commit(self._folder, step, {"format": _folder.FORMAT, "about": self._about, "leaves": leaves})
 
-        prints = self._attempt(step, end, together=True)
+        prints: Any = end if isinstance(end, OSError) else self._attempt(step, end, together=True)
         failed = prints if isinstance(prints, OSError) else None
         if not failed and distributed.first():
             failed = self._attempt(step, commit)
@@ -177,9 +174,10 @@ class Checkpoints:
             failed = disk_error(error)
             why = failed.strerror if failed else f"{error!r:.300}"
             report(f"checkpoint {step} was not saved: {why}; the older ones are intact")
-            if failed is None:
+            several = together and jax.process_count() > 1
+            if failed is None or (several and failed.errno not in files.DISK_ERRORS):
                 raise
-            if together and jax.process_count() > 1:
+            if several:
                 distributed.leave(f"checkpoint {step} was not saved: {failed.strerror}")
             shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
             return failed
@@ -201,7 +199,8 @@ class Checkpoints:
             distributed.by_first(lambda: _folder.sweep(self._folder))
         else:
             self._failures, self._failed = 0, None
-            self._steps = set(distributed.by_first(lambda: _folder.whole(self._folder)))
+        # Also where it failed: its name may have been given already, and then counts.
+        self._steps = set(distributed.by_first(lambda: _folder.whole(self._folder)))
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -221,10 +220,14 @@ class Checkpoints:
             value: NaN is no score.
         """
         self._scores[step] = float(value)
-        try:
-            distributed.by_first(lambda: _folder.write_scores(self._folder, self._scores))
-        except (OSError, RuntimeError) as error:
-            report(f"the score of checkpoint {step} was not written: {error}")
+
+        def write() -> None:
+            try:
+                _folder.write_scores(self._folder, self._scores)
+            except OSError as error:
+                report(f"the score of checkpoint {step} was not written: {error}")
+
+        distributed.by_first(write)
 
     def restore(
         self, like: TrainState, *, until: int | None = None, watch: Callable[[str], object] = lambda _: None
@@ -235,7 +238,10 @@ class Checkpoints:
         file that is damaged, and renamed once an older one has been restored.
 
         Args:
-            like: the state that is expected, or its shapes and shardings; the result lies on devices as it does.
+            like: the state that is expected, which is left alone, and so on the devices besides what is read; or its
+                shapes and shardings, as from the `eval_shape()` of a jitted function. The result lies as it does,
+                and what is of the host on the first device.
+                Where there is no checkpoint a state also lets saves be compiled now rather than in the first of them.
             until: the last step that will do.
             watch: is told which checkpoint is being read, as a `watchdog.Watchdog` wants to be.
 
@@ -246,7 +252,12 @@ class Checkpoints:
         """
         self._settle()
         parts = _parts(like)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
+
+        abstract = jax.tree.map(shape, parts)
         damaged: list[int] = []
         for step in sorted(step for step in self._steps if until is None or step <= until)[::-1]:
             watch(f"reading checkpoint {step}")
@@ -291,11 +302,13 @@ class Checkpoints:
             The step of the newest that is left; 0 if there is none.
         """
         self._settle()
-        oldest = min(self._steps, default=0)
+        last = max(step, min(self._steps, default=0))
+        self._scores = {scored: value for scored, value in self._scores.items() if scored <= last}
 
         def rename() -> list[int]:
+            _folder.write_scores(self._folder, self._scores)
             for later in sorted(self._steps, reverse=True):
-                if later > max(step, oldest):
+                if later > last:
                     _folder.rewind(self._folder, later)
             return _folder.whole(self._folder)
 
@@ -340,9 +353,3 @@ def _flat(about: Json, prefix: str = "") -> Json:
     for name, value in about.items():
         flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def _future_of(error: OSError) -> Future[None]:
-    future: Future[None] = Future()
-    future.set_exception(error)
-    return future

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from jaxlm.checkpoint import _folder
+
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 120, 10
 SMALL: dict[str, Any] = {"layers": 1, "width": 16, "row_lengths": (64,), "tokens_per_batch": 256}
@@ -92,7 +94,7 @@ def unfinished(run: Path) -> list[str]:
 
 def newest(run: Path) -> int:
     """The step of the newest whole checkpoint; 0 if there is none."""
-    return max((int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdecimal()), default=0)
+    return max(_folder.whole(run / "checkpoints"), default=0)
 
 
 def lines(path: Path) -> list[str]:

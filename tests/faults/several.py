@@ -1,13 +1,12 @@
 """What each of two processes does: HOST:PORT, how many, which, a folder, what happens.
 
-`damaged`: they save, a checkpoint is damaged, they restore. `full`: there is no room for one, then there is. `fails`:
-the disk fails one of them in the middle of a save. `differs`: one of them has another copy of what is replicated.
-`often`: they save and exchange something in turn. `call PROCESS NUMBER ERROR`: the system fails that process so
-at that call of its save (0: SIGKILL); needs shim.c.
+`damaged`: they save, a checkpoint is damaged, they restore. `full`: there is no room for one, then there is. `fails
+ERROR`: the system fails one of them in the middle of a save. `differs`: one of them has another copy of what is
+replicated. `often`: they save and exchange something in turn. `call PROCESS NUMBER ERROR`: the system fails that
+process so at that call of its save (0: SIGKILL); needs shim.c.
 """
 
 import ctypes
-import errno
 import json
 import os
 import shutil
@@ -44,9 +43,9 @@ def full(path: Path) -> None:
     print(json.dumps(sorted(file.name for file in path.iterdir())))
 
 
-def fails(path: Path) -> None:
+def fails(path: Path, code: str) -> None:
     """The others wait for one that can't write, unless it ends them."""
-    mesh, failed = sharding.mesh(), mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    mesh, failed = sharding.mesh(), mock.Mock(side_effect=OSError(int(code), os.strerror(int(code))))
     with checkpoint.Checkpoints(path, {}) as checkpoints:
         checkpoints.save(state_at(1, mesh))
         checkpoints.wait()
