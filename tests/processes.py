@@ -25,7 +25,7 @@ if __name__ == "__main__":  # the processes import what they need: all of jaxlm 
     package.__path__ = [str(Path(__file__).parents[1] / "jaxlm")]
 from jaxlm import distributed
 
-PATIENCE = 60  # seconds for anything at all
+PATIENCE = 150  # seconds for anything at all
 HANGING = 3  # seconds until a watchdog ends its process
 
 

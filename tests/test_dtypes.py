@@ -99,6 +99,7 @@ def test_tokens_of_other_types_are_refused_when_a_step_is_traced(dtype: str, nam
         jax.eval_shape(losses.next_token(APPLY), jax.eval_shape(INIT, KEY), batch, KEY)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["on the host", "placed", "compiled"])
 @pytest.mark.parametrize("dtype", INTEGERS + OTHERS)
 def test_tokens_of_a_batch(dtype: str, how: str) -> None:

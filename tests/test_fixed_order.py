@@ -18,7 +18,7 @@ from test_topologies import batches
 from jaxlm import distributed, fixed_order, grads, losses, models, optim, sharding, train
 from jaxlm.fingerprint import fingerprints
 from jaxlm.precision import compute_in
-from jaxlm.types import Aux, Batch, Params, Step, TrainState
+from jaxlm.types import Aux, Batch, LossFn, Params, Step, TrainState
 
 STEPS = 100
 SLICES = 8
@@ -94,6 +94,7 @@ def test_replicas_have_them() -> None:
     assert run("adamw", sharding.mesh(replica=2)) == alone("adamw")
 
 
+@pytest.mark.slow
 def test_without_a_fixed_order_they_differ() -> None:
     found: list[list[float]] = []
     for devices in (1, 8):
@@ -130,25 +131,34 @@ def test_a_step_is_that_of_whole_batches() -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), found.params, expected.params)
 
 
-def test_each_slice_has_a_key_of_its_own() -> None:
-    def drawing(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
-        loss_sum, _ = next_token(params, batch, key)
-        return loss_sum, Aux(jnp.ones(()), {"drawn": jax.random.uniform(key)})
+def small_step(loss_fn: LossFn) -> tuple[Step, TrainState]:
+    """Of one parameter, on two devices."""
+    mesh, optimizer, grad_fn = mesh_of(2), optax.sgd(0.1), jax.value_and_grad(loss_fn, has_aux=True)
+    step = fixed_order.make_step(grad_fn, optimizer, KEY, batches(0, 1), mesh=mesh, slices=SLICES)
+    return step, jax.device_put(train.start({"w": jnp.ones(())}, optimizer), sharding.replicated(mesh))
 
-    mesh, grad_fn = mesh_of(2), jax.value_and_grad(drawing, has_aux=True)
-    step = fixed_order.make_step(grad_fn, OPTIMIZERS["adamw"], KEY, batches(0, 1), mesh=mesh, slices=SLICES)
-    found = [float(metrics["drawn"]) for _, metrics in train.fit(step, start("adamw", mesh), batches(0, 2))]
+
+def test_each_slice_has_a_key_of_its_own() -> None:
+    def drawing(params: Params, _: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
+        return params["w"], Aux(jnp.ones(()), {"drawn": jax.random.uniform(key)})
+
+    step, state = small_step(drawing)
+    found = [float(metrics["drawn"]) for _, metrics in train.fit(step, state, batches(0, 2))]
     keys = [[jax.random.fold_in(jax.random.fold_in(KEY, step), i) for i in range(SLICES)] for step in range(2)]
     assert found == pytest.approx([np.mean([jax.random.uniform(key) for key in of]) for of in keys])
 
 
 @pytest.mark.parametrize("place", ["host", "whole on each", "one device"])
 def test_a_batch_may_lie_anywhere(place: str) -> None:
+    def sum_of(params: Params, batch: Batch, _: jax.Array) -> tuple[jax.Array, Aux]:
+        return params["w"] * batch["tokens"].sum(), Aux(jnp.ones(()), {})
+
     mesh, (batch,) = mesh_of(2), batches(0, 1)
     rows, whole = sharding.by_rows(mesh), sharding.replicated(mesh)
     where = {"host": None, "whole on each": whole, "one device": jax.devices()[1]}[place]
     given = batch if where is None else jax.device_put(batch, where)
-    found, expected = (step_of("adamw", mesh)(start("adamw", mesh), x)[1] for x in (given, jax.device_put(batch, rows)))
+    step, state = small_step(sum_of)
+    found, expected = (step(state, x)[1] for x in (given, jax.device_put(batch, rows)))
     assert found == expected
 
 

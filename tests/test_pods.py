@@ -19,7 +19,7 @@ from ports import clean_environment, free_port
 from jaxlm import data
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 150  # seconds for a whole run
+PATIENCE = 300  # seconds for a whole run
 HEARTBEAT = 30  # seconds, as in pretrain.py, which keeps the default of `distributed.start`
 STEPS = 20
 SMALL = [
@@ -130,10 +130,7 @@ def said(out: str) -> list[str]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param("--zero 0", marks=pytest.mark.slow),
         "--zero 1",
-        pytest.param("--zero 2", marks=pytest.mark.slow),
-        pytest.param("--zero 3", marks=pytest.mark.slow),
         pytest.param("--zero 1 --mesh 2 -1 2", marks=pytest.mark.slow),
         pytest.param("--zero 3 --mesh 2 -1 2", marks=pytest.mark.slow),
     ],

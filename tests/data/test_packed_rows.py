@@ -23,7 +23,7 @@ def sums(batches: data.Batches) -> tuple[Any, Any]:
     return (loss, aux), grads
 
 
-@pytest.mark.parametrize("row_lengths", [[32, 128], [256]])
+@pytest.mark.parametrize("row_lengths", [[32, 128], pytest.param([256], marks=pytest.mark.slow)])
 def test_packed_rows_are_one_document_a_row(corpus_path: Path, row_lengths: list[int]) -> None:
     corpus = data.open_corpus(corpus_path)
     alone = data.Batches(corpus, data.pad(corpus.lengths, row_lengths[-1], 2048, passes=1))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from jaxlm.checkpoint import _folder
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY = 120, 10
+STEPS, SAVE_EVERY = 60, 10
 SMALL: dict[str, Any] = {"layers": 1, "width": 16, "row_lengths": (64,), "tokens_per_batch": 256}
 SIGNALS = [signal.SIGTERM] + [signal.SIGKILL] * 4  # in turn
 PATIENCE = 120  # seconds for a whole run

@@ -93,7 +93,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 SIZES = {f"blocks of {size}": functools.partial(blockwise, block=size) for size in (5, 37, 64)}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("case", "implementation"),
     [*itertools.product(CASES, HERE.values()), *itertools.product(["window, segments"], SIZES.values())],
@@ -168,7 +168,7 @@ def test_bfloat16_rounds_weights_and_output_only():
     assert error < 2 * 2**-8 * float(jnp.max(jnp.abs(v)))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -32,14 +32,14 @@ def expected() -> Any:
     return jax.device_get(jax.jit(gradient())(PARAMS, BATCH, KEY))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_the_same(name: str, unroll: bool, expected: Any):
     assert_same(jax.jit(gradient(wrap_layer=models.remat(name), unroll=unroll))(PARAMS, BATCH, KEY), expected)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("name", "zero"), [*((name, 3) for name in NAMES), *(("blocks", zero) for zero in range(3))])
 def test_gradients_are_the_same_on_devices(name: str, zero: int, expected: Any):
     layout = sharding.lay_out(PARAMS, sharding.mesh(), zero=zero, stacked=models.stacked)

@@ -100,7 +100,7 @@ def assert_close(a: Any, b: Any, tolerance: float) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), a, b)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @all_but()
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_state_keeps_its_structure_and_dtypes(name: str, dtype: Any):
@@ -127,7 +127,7 @@ def test_state_keeps_its_dtypes_also_where_float64_is_on(name: str):
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @all_but("per_layer")  # optax's own LAMB computes in the parameters' dtype
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_parameters_get_the_updates_of_float32_ones(name: str, dtype: Any):
@@ -142,7 +142,7 @@ def test_half_precision_parameters_get_the_updates_of_float32_ones(name: str, dt
     jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=0, atol=2e-7 * jnp.abs(e).max()), updates, expected)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @all_but()
 def test_composes_with_optax(name: str):
     tx, params, grads = optimizers()[name], tree_of(0), tree_of(1)
@@ -164,7 +164,7 @@ def test_composes_with_optax(name: str):
             assert_close(updates["blocks"], expected["blocks"], 1e-7)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @all_but()
 def test_waits_for_the_second_microbatch_in_multisteps(name: str):
     tx, params, grads = optimizers()[name], tree_of(0), tree_of(1)
@@ -214,7 +214,7 @@ def test_gradients_of_any_size_leave_nothing_infinite_and_nothing_behind(name: s
             assert max(float(jnp.abs(u).max()) for u in jax.tree.leaves(updates)) < 1
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @all_but()
 def test_a_nonfinite_gradient_can_be_skipped_without_a_trace(name: str):
     tx = optim.skip_nonfinite(optimizers()[name])
@@ -253,7 +253,7 @@ SPECS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @all_but()
 def test_sharded_is_unsharded(name: str):
     mesh, tx, params = sharding.mesh(), optimizers()[name], tree_of(0)
@@ -269,7 +269,7 @@ def test_sharded_is_unsharded(name: str):
         jax.tree.map(np.testing.assert_array_equal, state, alone_state)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @all_but()
 def test_goes_on_from_a_checkpoint(name: str, tmp_path: Path):
     tx = optimizers()[name]
@@ -284,7 +284,7 @@ def test_goes_on_from_a_checkpoint(name: str, tmp_path: Path):
     assert_same(run(tx, params, 2, 3, state), run(tx, restored.params, 2, 3, restored.opt_state))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(5)
 @all_but(*LEAN, "guarded")  # random rounding depends on names; there is no reduction but the global norm
 def test_stacked_is_unstacked(name: str):
     def apart(tree: Any) -> Any:
@@ -316,7 +316,7 @@ def test_stacked_is_unstacked(name: str):
         stacked, alone = optax.apply_updates(stacked, stacked_updates), optax.apply_updates(alone, updates)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @all_but("lion_int8", "adamw_int8")  # integers have no derivative
 def test_can_be_differentiated_through(name: str):
     """As meta-learning does: the parameters after two updates, by the first gradients."""

@@ -92,7 +92,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS.values(), ids=PAIRS)
 def test_same_as_optax(ours: Any, theirs: Any) -> None:
     params, grads = leaves()
@@ -156,7 +156,7 @@ def halves(names: Any = SHAPES) -> tuple[Any, Any]:
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), leaves(names))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "make",
     [

@@ -256,7 +256,7 @@ def required(
     return wanted, margins
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_float64_equals_the_paper(case: Case) -> None:
     """To 1e-12 of the way gone so far, at every one of 100 steps, for every leaf and layer by itself."""
@@ -274,7 +274,7 @@ def test_float64_equals_the_paper(case: Case) -> None:
         assert np.all(error <= 1e-12 * way), f"{name}: {np.max(error / np.maximum(way, 1e-300)):.1e}"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_float32_stays_with_the_paper_for_100_steps(case: Case) -> None:
     params, grads = leaves(case.names)

@@ -135,7 +135,7 @@ def test_pieces_of_every_length_to_1000_at_every_step(shape: Shape, u: float) ->
         check_shape(shape, steps, np.arange(2048), u)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("steps", LENGTHS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_pieces_of_all_sizes(shape: Shape, steps: int, u: float) -> None:
@@ -214,7 +214,7 @@ def cycle_of(t: int, first: int, multiple: int) -> tuple[int, int, int]:
     return cycle, t, length
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("first", "multiple"), RESTARTS)
 def test_cosine_restarts(first: int, multiple: int, u: float) -> None:
     begins = [begin for i in range(32) if (begin := sum(first * multiple**j for j in range(i))) <= LAST]
@@ -237,7 +237,7 @@ def test_cosine_restarts(first: int, multiple: int, u: float) -> None:
                 assert np.all(np.asarray(values)[restart] == np.asarray(A, values.dtype))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("up", "down"), [(1, 1), (5, 5), (1, 9), (1000, 3), (2**24 + 1, 12345), (2**30, 2**30 - 1)])
 def test_cycles(up: int, down: int, u: float) -> None:
     t = np.union1d(samples(up, up + down, 2 * up + down, 10 * (up + down)), np.arange(1000))

@@ -70,7 +70,7 @@ every = pytest.mark.parametrize(("make", "values"), SCHEDULES.values(), ids=SCHE
 STEPS = np.array([*range(41), 2**24 + 1, LAST - 1, LAST])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @every
 def test_any_integer_is_a_step_jitted_or_not(make: Callable[..., Schedule], values: tuple[float, ...]) -> None:
     schedule = make(*values)
@@ -105,7 +105,7 @@ def test_a_step_that_is_no_integer_is_refused(make: Callable[..., Schedule], val
         jax.jit(schedule)(1.0)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @every
 def test_gradients_are_finite_and_right(make: Callable[..., Schedule], values: tuple[float, ...]) -> None:
     for gradient in jax.jacobian(lambda v: make(*v)(STEPS))(values):
