@@ -237,6 +237,7 @@ def test_a_run_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"link"}
 
 
+@pytest.mark.slow
 def test_a_nan_is_found_by_the_number_of_its_step_alone(text: Path, tmp_path: Path) -> None:
     wrong = ("--steps=40", "--learning-rate=1e30")
     output = finish(start(tmp_path, text, *wrong), 1)
