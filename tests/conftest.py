@@ -17,14 +17,20 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+GOLDEN_RATIO = (1 + 5**0.5) / 2
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `sampled(n)` only every n-th case isn't slow: which ones, depends on Python's version."""
+    """Of a test that is `sampled(n)` only one in n cases isn't slow: which ones, depends on Python's version.
+
+    Steps of the golden ratio meet all values of each parameter, however many it has.
+    """
     counts = collections.Counter[str]()
     for item in items:
         if (marker := item.get_closest_marker("sampled")) and not item.get_closest_marker("slow"):
             test = item.nodeid.partition("[")[0]
-            if (counts[test] + sys.version_info.minor) % marker.args[0]:
+            if (counts[test] + sys.version_info.minor) * GOLDEN_RATIO % 1 >= 1 / marker.args[0]:
                 item.add_marker(pytest.mark.slow)
             counts[test] += 1
 
