@@ -56,11 +56,15 @@ def copies_agree(tree: Any) -> bool:
     >>> copies_agree({"a": jnp.zeros(2)})
     True
     """
-    differ = [
-        _differ(mesh, tuple(leaf.sharding.spec for leaf in leaves.values()))(tuple(leaves.values()))
-        for mesh, leaves in _of_several(tree).items()
-    ]
+    differ = [_differ(mesh, _specs(leaves))(tuple(leaves.values())) for mesh, leaves in _of_several(tree).items()]
     return not any(map(bool, differ))
+
+
+def compile_fingerprints(tree: Any) -> None:
+    """Compiles what `begin_fingerprints` and `copies_agree` need for a tree of arrays, or of shapes with shardings."""
+    _sums.lower(named_leaves(tree)).compile()
+    for mesh, leaves in _of_several(tree).items():
+        _differ(mesh, _specs(leaves)).lower(tuple(leaves.values())).compile()
 
 
 def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
@@ -74,7 +78,7 @@ def copies(tree: Any) -> dict[str, dict[str, list[str]]]:
     """
     found: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for mesh, its in _of_several(tree).items():
-        sums = _sums_on_each(mesh, tuple(leaf.sharding.spec for leaf in its.values()))(tuple(its.values()))
+        sums = _sums_on_each(mesh, _specs(its))(tuple(its.values()))
         for shard in sums.addressable_shards:
             device = f"{shard.device} of process {shard.device.process_index}"
             for (name, leaf), pair in zip(its.items(), np.asarray(shard.data)[0], strict=True):
@@ -88,15 +92,19 @@ def _of_several(tree: Any) -> dict[Mesh, dict[str, Any]]:
     """The leaves of which some device holds what another does, by their mesh and their name."""
     found: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
     for name, leaf in named_leaves(tree).items():
-        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding):
             held = len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape))
             if held > leaf.size:
                 found[leaf.sharding.mesh][name] = leaf
     return found
 
 
+def _specs(leaves: dict[str, Any]) -> tuple[PartitionSpec, ...]:
+    return tuple(leaf.sharding.spec for leaf in leaves.values())
+
+
 @functools.lru_cache
-def _differ(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[..., jax.Array]:
+def _differ(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Any:
     def own(leaves: tuple[jax.Array, ...]) -> jax.Array:
         sums: dict[tuple[str, ...], list[jax.Array]] = collections.defaultdict(list)
         for leaf, spec in zip(leaves, specs, strict=True):

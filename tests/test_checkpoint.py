@@ -13,6 +13,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from states import ABOUT, MODEL, names, same, save, state_at
 
 from jaxlm import checkpoint, files, fingerprint, models, sharding
@@ -72,6 +73,28 @@ def test_a_state_on_the_host_or_on_several_devices_is_saved_as_it_is(tmp_path: P
     loaded, _ = checkpoint.load_params(tmp_path)
     for found in loaded.values():
         np.testing.assert_array_equal(found, numbers)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_save_compiles_nothing(begun: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mesh = sharding.mesh()
+    divided, whole = NamedSharding(mesh, PartitionSpec("data")), sharding.replicated(mesh)
+    start = jax.jit(
+        lambda: TrainState(jnp.ones((), jnp.int32), {"w": jnp.ones((8, 3))}, jnp.zeros(1)),
+        out_shardings=TrainState(whole, {"w": divided}, whole),
+    )
+    if begun:
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+            checkpoints.save(start()._replace(step=jax.device_put(jnp.zeros((), jnp.int32), whole)))
+    jax.clear_caches()
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        assert (checkpoints.restore(start.eval_shape()) is not None) == begun
+        state = start()
+        with jax.log_compiles(True):
+            checkpoints.save(state)
+            checkpoints.wait()
+    assert not [record.message for record in caplog.records if "Compiling" in record.message]
+    assert same(checkpoint.load_params(tmp_path)[0], {"w": np.ones((8, 3), np.float32)})
 
 
 def test_what_has_no_sharding_is_restored_to_the_first_device(tmp_path: Path) -> None:

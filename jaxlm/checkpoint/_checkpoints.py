@@ -26,7 +26,6 @@ from jaxlm.checkpoint._reading import (
     shapes,
 )
 from jaxlm.checkpoint._writing import begin, compile_ahead, disk_error
-from jaxlm.fingerprint import begin_fingerprints
 from jaxlm.tree import nbytes
 from jaxlm.types import TrainState
 
@@ -240,8 +239,7 @@ class Checkpoints:
         Args:
             like: the state that is expected, which is left alone, and so on the devices besides what is read; or its
                 shapes and shardings, as from the `eval_shape()` of a jitted function. The result lies as it does,
-                and what is of the host on the first device.
-                Where there is no checkpoint a state also lets saves be compiled now rather than in the first of them.
+                and what is of the host on the first device. What saves need is compiled now.
             until: the last step that will do.
             watch: is told which checkpoint is being read, as a `watchdog.Watchdog` wants to be.
 
@@ -275,9 +273,7 @@ class Checkpoints:
         names = [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]
         if names and until is None:
             raise RuntimeError(none_whole(self._folder, names))
-        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts)):
-            begin_fingerprints(parts)  # which `_read` compiles where there is a checkpoint
-            compile_ahead(parts)
+        compile_ahead(parts)
         return None
 
     def _read(self, step: int, like: Json) -> tuple[Json | None, str | None]:

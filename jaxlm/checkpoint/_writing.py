@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxlm import files
 from jaxlm.checkpoint._folder import Json
 from jaxlm.checkpoint._reading import causes
-from jaxlm.fingerprint import begin_fingerprints, copies_agree, read_fingerprints
+from jaxlm.fingerprint import begin_fingerprints, compile_fingerprints, read_fingerprints
 
 
 def begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
@@ -50,10 +50,10 @@ def begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
 
 def _host_devices(parts: Json) -> set[Any]:
     """The devices that hold them, where all is in the memory of this process alone; else none."""
-    leaves = jax.tree.leaves(parts)
-    if jax.process_count() > 1 or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+    shardings: list[Any] = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(parts)]
+    if jax.process_count() > 1 or None in shardings:
         return set()
-    devices = {device for leaf in leaves for device in leaf.devices()}
+    devices = {device for sharding in shardings for device in sharding.device_set}
     return devices if {device.platform for device in devices} == {"cpu"} else set()
 
 
@@ -63,10 +63,10 @@ def _copied(parts: Json) -> Json:
 
 
 def compile_ahead(parts: Json) -> None:
-    """Compiles what would hold up the first save, but for fingerprints."""
-    copies_agree(parts)
+    """Compiles what would hold up the first save of a state, or of shapes with shardings, as `parts` is."""
+    compile_fingerprints(parts)
     if _host_devices(parts):
-        _copied(parts)
+        _copied.lower(parts).compile()
 
 
 def _wait(response: Any) -> None:
