@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,19 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_it_used(
     params, _ = checkpoint.load_params(tmp_path)
     assert same(params, state_at(2).params)
     assert "3" in names(tmp_path)  # who only reads renames nothing
+
+
+@pytest.mark.parametrize("form", [1, None, "x" * 3000])
+def test_a_checkpoint_of_another_version_is_refused_rather_than_set_aside(form: Any, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "1" / _folder.MANIFEST
+    path.write_text(files.signed(files.read_signed(path) | {"format": form}))
+    message = re.escape(f"{path.parent} is of format {form!r:.100}; this version reads 2")
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.restore(state_at(0))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_params(tmp_path)
+    assert names(tmp_path) == ["1"]
 
 
 def test_where_none_is_whole_the_run_does_not_begin_anew(tmp_path: Path) -> None:

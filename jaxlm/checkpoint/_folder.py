@@ -83,7 +83,7 @@ def read(folder: Path, step: int) -> Json:
     except (OSError, ValueError) as error:
         raise DamagedError(str(error)) from None
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {step} is of format {manifest.get('format')!r}; this version reads {FORMAT}")
+        raise ValueError(f"{path} is of format {manifest.get('format')!r:.100}; this version reads {FORMAT}")
     _check_form(manifest)
     try:
         sizes = _sizes(path)

@@ -71,7 +71,7 @@ def gpt2_files(folder: str | os.PathLike[str]) -> SubwordTokenizer:
     except ImportError:
         raise
     except Exception as error:  # from `tokenizers` comes nothing more precise
-        raise ValueError(f"{encoder} and {merges_file} are not a vocabulary and its merges: {error}") from None
+        raise ValueError(f"{encoder} and {merges_file} are not a vocabulary and its merges: {error!s:.300}") from None
     model.add_special_tokens([END])
     return SubwordTokenizer(model.to_str())
 

@@ -206,7 +206,7 @@ def _read(name: str, read: Callable[[], Iterator[Document]]) -> Iterator[Documen
     except Exception as error:  # each format has its own
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise  # of a copy that was being made
-        raise UnreadableError(redacted(f"{name} can't be read: {str(error) or repr(error)}")) from error
+        raise UnreadableError(redacted(f"{name} can't be read: {str(error) or repr(error):.500}")) from error
 
 
 def _read_file(

@@ -21,5 +21,5 @@ def test_two_processes_under_all_faults() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr  # it holds what is left against an undisturbed run
     *faults, last = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(faults) == last["faults"] > 1
+    assert len(faults) == last["faults"] >= 1
     assert last["steps_kept"] > 0.8
