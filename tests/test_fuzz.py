@@ -74,7 +74,8 @@ def bounded() -> Iterator[None]:
 
 def check(form: Format, path: Path, folder: Path) -> None:
     """Reads them, the file `path` being damaged."""
-    named = path.name, str(path.parent), "checkpoint 0 is damaged", "checkpoint 0 says", f"{folder} has no model"
+    named = [path.name, str(path.parent), f"{folder} has no model"]
+    named += [f"checkpoint 0 {what} " for what in ("is damaged", "says", "has")]
     with bounded():
         try:
             said = form.read(folder)

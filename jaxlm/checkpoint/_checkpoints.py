@@ -338,8 +338,9 @@ def _check_same(step: int, saved: Json, expected: Json) -> None:
     for name in {**saved, **expected}:
         if saved.get(name) != expected.get(name):
             raise ValueError(
-                f"checkpoint {step} has {name} {saved.get(name)}, but this run has {expected.get(name)}; go on with "
-                "the model, optimizer and data that it was saved with, or use another folder"
+                f"checkpoint {step} has {name:.300} {saved.get(name)!s:.300}, but this run has "
+                f"{expected.get(name)!s:.300}; go on with the model, optimizer and data that it was saved with, or use "
+                "another folder"
             )
 
 
