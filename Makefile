@@ -8,7 +8,7 @@ ARGS ?=
 ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda12)
 PACKAGES = -r requirements.lock $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 
-FAULTS := distributed peers watchdog pods topologies fixed_order pretrain checkpoint failing_saves fuzz verify
+FAULTS := distributed peers watchdog pods topologies fixed_order pretrain checkpoint damaged_checkpoint failing_saves fuzz verify
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train check format lint types test test-all faults smoke verify oracle bench audit docs lock

@@ -104,7 +104,7 @@ def _specs(leaves: dict[str, Any]) -> tuple[PartitionSpec, ...]:
 
 
 @functools.lru_cache
-def _differ(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Any:
+def _differ(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> jax.stages.Wrapped:
     def own(leaves: tuple[jax.Array, ...]) -> jax.Array:
         sums: dict[tuple[str, ...], list[jax.Array]] = collections.defaultdict(list)
         for leaf, spec in zip(leaves, specs, strict=True):

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 def test_two_processes_under_all_faults() -> None:
     if reason := why_not():
         pytest.skip(reason)
-    command = [sys.executable, str(ROOT / "tests/faults/soak.py"), "--minutes=1", "--seed=0"]
+    command = [sys.executable, str(ROOT / "tests/faults/soak.py"), "--minutes=2", "--seed=0"]
     environment = os.environ | {"JAXLM_CACHE": str(ROOT / ".cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr  # it holds what is left against an undisturbed run
     *faults, last = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(faults) == last["faults"] >= 1
+    assert len(faults) == last["faults"] > 1
     assert last["steps_kept"] > 0.8
