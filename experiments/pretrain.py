@@ -138,15 +138,16 @@ def main(config: Config) -> None:
             some = watch.each("evaluating on held-out batch", range(min(count, len(unseen))))
             return heldout.bits_per_byte(evaluate(eval_fn, params, (place(unseen[i]) for i in some))["loss"])
 
-        with distributed.stop_signals() as stop, saved as checkpoints:
-            if debug is not None:
+        if debug is not None:
+            with saved as checkpoints:
                 state = checkpoints.restore(like, until=debug - 1, watch=watch) or start()
-                for i in watch.each("taking again the step on batch", range(int(state.step), debug - 1)):
-                    state, _ = step(state, place(batches[i]))
-                batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
-                found = first_nan(alone, sharding.to_host(state.params), batch, jax.random.fold_in(step_key, debug - 1))
-                print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
-                return
+            for i in watch.each("taking again the step on batch", range(int(state.step), debug - 1)):
+                state, _ = step(state, place(batches[i]))
+            batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
+            found = first_nan(alone, sharding.to_host(state.params), batch, jax.random.fold_in(step_key, debug - 1))
+            print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
+            return
+        with distributed.stop_signals() as stop, saved as checkpoints:
             state = checkpoints.restore(like, watch=watch) or start()
             done = int(state.step)
             by_first(lambda: metrics.note_start(folder, done, data=batches.fingerprint, skips=skips))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm.files import disk_error, redacted
+from jaxlm.files import disk_error, redacted, say
 from jaxlm.launchers import let_collectives_listen_on, started_with_others
 from jaxlm.peers import Peers
 
@@ -208,7 +208,7 @@ def leaving_together() -> Generator[None]:
         except OSError as error:
             if not disk_error(error):
                 raise
-            traceback.print_exc()
+            say(traceback.format_exc().rstrip())
             sys.exit(RESTART)
         return
     done = threading.Event()
@@ -218,12 +218,12 @@ def leaving_together() -> Generator[None]:
         _connect_peers()
         yield
     except (Exception, KeyboardInterrupt) as error:
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip())
         # Gloo's errors come as ValueError from where a program is run at once.
         of_all = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
         of_all = of_all or (isinstance(error, ValueError) and ": Gloo " in str(error))
         again = isinstance(error, KeyboardInterrupt) or disk_error(error)
-        _leave("" if of_all else f"{type(error).__name__}: {error}", RESTART if again else 1)
+        leave("" if of_all else f"{type(error).__name__}: {error}", RESTART if again else 1)
     finally:
         done.set()
         _PEERS.bye()
@@ -257,7 +257,7 @@ def _gone(process: int) -> None:
     if state.process_id == 0:
         with contextlib.suppress(*UNREACHABLE):
             state.client.key_value_set(f"{GONE}/{process}", "")
-    threading.Thread(target=_leave, args=("",), daemon=True).start()  # others may be gone too
+    threading.Thread(target=leave, args=("",), daemon=True).start()  # others may be gone too
 
 
 @contextlib.contextmanager
@@ -324,23 +324,22 @@ def _listen(done: threading.Event) -> None:
             leaving = _coordination().client.key_value_dir_get(LEAVING)
         late.cancel()
         if leaving:
-            _leave("")
+            leave("")
 
 
 def _warn(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"process {_coordination().process_id}: {text}", file=sys.stderr, flush=True)
+    say(f"process {_coordination().process_id}: {text}")
 
 
-def leave(failure: str) -> NoReturn:
-    """Ends this process of several, from any of its threads, to be started again (75), and so those others that are
-    inside `leaving_together`.
+def leave(failure: str, code: int = RESTART) -> NoReturn:
+    """Ends this process of several, from any of its threads, and so those others that are inside `leaving_together`.
+
+    It first waits until the others have said why they leave, or have not answered.
+
+    Args:
+        failure: what failed here; empty: another process did, which tells the code too.
+        code: the exit code of all.
     """
-    _leave(failure, RESTART)
-
-
-def _leave(failure: str, code: int = 1) -> NoReturn:
-    """Ends the process, once the others have said why they leave, with `failure` or without, or have not answered."""
     _LEAVING_ONCE.acquire()
     try:
         state = _coordination()
@@ -368,8 +367,8 @@ def _leave(failure: str, code: int = 1) -> NoReturn:
     except UNREACHABLE as error:
         time.sleep(LISTEN_EVERY)  # JAX may be about to end this process too, and to say why
         me, line, code = "?", f"lost process 0 ({type(error).__name__}: {error})", code if failure else RESTART
+    say(f"process {me}: {line}; leaving with exit code {code}")
     with contextlib.suppress(OSError):
-        print(f"process {me}: {line}; leaving with exit code {code}", file=sys.stderr, flush=True)
         sys.stdout.flush()
     if me == 0:  # JAX would end the others, which hear of each other through this process
         _PEERS.let_go(_coordination().num_processes - 1, within=PATIENCE)

@@ -1,11 +1,14 @@
 """Files that are there whole or not at all, and folders that one process at a time writes to."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import re
 import socket
+import stat
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,6 +87,31 @@ def disk_error(error: BaseException | None) -> int | None:
     return error.errno if isinstance(error, OSError) and error.errno in DISK_ERRORS else None
 
 
+def say(text: str) -> None:
+    """Says on stderr what the user should see, wherever standard output goes. Where that can't be written, as into a
+    file on a full disk, it is lost, and nothing else.
+    """
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def fail(error: OSError) -> None:
+    """For `os.walk`, which otherwise leaves out what it can't read."""
+    raise error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, which is no pipe or folder.
+
+    Raises:
+        OSError: the system can't tell, which `Path.is_file` takes for no in some versions of Python.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def create(path: Path) -> TextIO:
     """Opens a new file for writing in place of the one that is there: through a link another would be written to."""
     path.unlink(missing_ok=True)
@@ -107,7 +135,7 @@ def read_small(path: Path) -> bytes:
         FileNotFoundError: there is no such file.
         ValueError: it is too large for that.
     """
-    if not path.is_file():  # but perhaps a pipe, which would have nobody to end it
+    if not is_file(path):  # but perhaps a pipe, which would have nobody to end it
         raise FileNotFoundError(f"{path} is not there, or no file")
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"{path} has {size} bytes, more than any such file: is it another one?")

@@ -171,14 +171,15 @@ class Log:
         except Exception as error:
             if exception is None:  # else that is the one to see
                 raise
-            print(f"metrics are not all written: {error}", file=sys.stderr, flush=True)
+            files.say(f"metrics are not all written: {error}")
 
     def close(self) -> None:
         """Writes what has been taken, waits until it is on the disk, and closes the files."""
         try:
             self.sync()
         finally:
-            self._progress.stop()
+            with contextlib.suppress(OSError):
+                self._progress.stop()
             with contextlib.ExitStack() as stack:
                 for file in self._files:
                     stack.callback(file.close)
@@ -227,7 +228,7 @@ class Log:
                 file.flush()  # what it can't write it keeps
             except OSError as error:
                 if not failed and not self._failed:
-                    print(f"metrics stay in memory for now: {file.name}: {error.strerror}", file=sys.stderr, flush=True)
+                    files.say(f"metrics stay in memory for now: {file.name}: {error.strerror}")
                 self._failed = True
         self._recent.append((values.get("weight", 0.0), now - self._last))
         self._last = now
@@ -254,11 +255,10 @@ class Log:
         weights, seconds = map(sum, zip(*self._recent, strict=True))
         loss, heldout = self._latest["loss"], self._latest["heldout"]
         line = f"loss {loss:.3f} held-out {heldout:.3f} bits/byte {weights / seconds:,.0f} tok/s"
-        self._progress.update(self._task, completed=step, description=line)
-        if (
-            in_full and not self._progress.console.is_terminal
-        ):  # where a line can't be drawn over, now and then a new one
-            self._progress.console.print(f"step {step}: {line}", soft_wrap=True, highlight=False)
+        with contextlib.suppress(OSError):  # it may go into a file on a full disk
+            self._progress.update(self._task, completed=step, description=line)
+            if in_full and not self._progress.console.is_terminal:  # no line can be drawn over: a new one now and then
+                self._progress.console.print(f"step {step}: {line}", soft_wrap=True, highlight=False)
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -289,7 +289,7 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():  # but perhaps a pipe
+    if not files.is_file(path):  # but perhaps a pipe
         return
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(files.LARGEST), b""), 1):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar, final
 
 from jaxlm.compiled import signature
-from jaxlm.files import create
+from jaxlm.files import create, say
 from jaxlm.types import Batch
 
 T = TypeVar("T")
@@ -43,9 +43,12 @@ while True:
     elif now - began > pause + 5:
         since = now
     elif now - since > limit:
-        print(f"watchdog: process {process} made no progress for {limit:g} s, since it was {last}. It is ended by "
-              f"SIGABRT (exit code 134: start it again); where its threads were is in {stacks}, which is then named "
-              "*.previous", file=sys.stderr, flush=True)
+        try:
+            print(f"watchdog: process {process} made no progress for {limit:g} s, since it was {last}. It is ended "
+                  f"by SIGABRT (exit code 134: start it again); where its threads were is in {stacks}, which is then "
+                  "named *.previous", file=sys.stderr, flush=True)
+        except OSError:
+            pass
         os.kill(process, signal.SIGABRT)
         if not select.select([0], [], [], 4)[0]:
             os.kill(process, signal.SIGKILL)
@@ -112,22 +115,20 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
         raise ValueError(f"watching: seconds is {seconds}; use a number above 0")
     path = Path(stacks)
     if os.getpid() == 1:
-        print(
+        say(
             "watchdog: this is process 1 of a container, which nothing in it can end; give that an init (docker run "
-            "--init, or Kubernetes' shareProcessNamespace)",
-            file=sys.stderr,
+            "--init, or Kubernetes' shareProcessNamespace)"
         )
     if path.exists() and path.stat().st_size:
         path.replace(f"{path}.previous")
     before = faulthandler.is_enabled()
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)], stdin=subprocess.PIPE
+    )
+    assert watcher.stdin is not None
     with create(path) as file:
-        faulthandler.enable(file)
-        watcher = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)],
-            stdin=subprocess.PIPE,
-        )
-        assert watcher.stdin is not None
         try:
+            faulthandler.enable(file)
             os.set_blocking(watcher.stdin.fileno(), False)
             watchdog = Watchdog(watcher.stdin.fileno())
             watchdog("starting")

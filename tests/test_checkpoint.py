@@ -247,6 +247,22 @@ def test_the_best_and_every_so_many_are_kept_also_by_a_run_that_goes_on(tmp_path
     assert same(params, state_at(15).params)
 
 
+@pytest.mark.parametrize("content", ['{"1": 3.0', "[]", '{"1": []}'])
+def test_where_scores_are_damaged_the_best_is_not_lost(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1, 2, 3, keep=3)
+    (tmp_path / "scores.json").write_text(content)
+    for step in (4, 5):
+        with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+            checkpoints.save(state_at(step))
+            checkpoints.score(step, float(step))
+    assert names(tmp_path) == ["1", "2", "3", "4", "5", "scores.json"]
+    assert capsys.readouterr().err.count("since one of [1, 2, 3] may be the best, all are kept\n") == 1
+    save(tmp_path, 6, 7)
+    assert names(tmp_path) == ["1", "2", "3", "4", "6", "7", "scores.json"]
+
+
 def test_a_run_goes_back_and_an_earlier_step_can_be_restored(tmp_path: Path) -> None:
     like = state_at(0)
     with checkpoint.Checkpoints(tmp_path, ABOUT, keep=4) as checkpoints:
@@ -283,6 +299,7 @@ def test_a_run_goes_back_and_an_earlier_step_can_be_restored(tmp_path: Path) -> 
         assert same(restored, state_at(20))
     with checkpoint.Checkpoints(tmp_path / "empty", ABOUT) as checkpoints:
         assert checkpoints.rewind(5) == 0
+        checkpoints.close()  # which may be done twice
 
 
 @given(st.sets(st.integers(0, 50), min_size=1), st.dictionaries(st.integers(0, 50), st.floats()), st.integers(2, 5))

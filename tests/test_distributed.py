@@ -77,6 +77,13 @@ def test_open_mpi_is_found_and_an_error_in_one_ends_all_also_those_inside_a_coll
     assert "process 1: process 0 failed: ValueError: it is wrong; leaving with exit code 1" in second.stderr
 
 
+@pytest.mark.slow
+def test_an_error_that_cannot_be_said_ends_all(tmp_path: Path) -> None:
+    environments = launched(OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    with several(2, "failing", tmp_path, *environments, within=["sh", "-c", 'exec "$@" 2>/dev/full', "sh"]) as running:
+        assert [one.end().code for one in running] == [1, 1]
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("how", "said"), [("disk", r"OSError: \[Errno 28\] the disk is full"), ("interrupt", "KeyboardInterrupt: ")]
@@ -272,7 +279,7 @@ def test_it_listens_on_after_process_0_was_unreachable_for_a_moment(monkeypatch:
     state = mock.Mock()
     state.client.key_value_dir_get = look
     monkeypatch.setattr(distributed, "_coordination", lambda: state)
-    monkeypatch.setattr(distributed, "_leave", leave)
+    monkeypatch.setattr(distributed, "leave", leave)
     monkeypatch.setattr(distributed, "LISTEN_EVERY", 0.001)
     distributed._listen(done)
     assert left == [""]

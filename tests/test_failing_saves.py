@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from states import ABOUT, names, same, save, state_at
+from states import ABOUT, names, output_on_a_full_disk, same, save, state_at
 
 from jaxlm import checkpoint, files
 from jaxlm.checkpoint import _folder, _writing
@@ -98,6 +98,17 @@ def test_a_checkpoint_that_counts_though_its_save_failed_is_not_saved_again(
     assert names(tmp_path) == ["1", "2"]
 
 
+def test_where_a_failed_save_cannot_even_be_said_the_run_goes_on(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "")
+
+    with output_on_a_full_disk(), checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        checkpoints.save(state_at(1), after=fail)
+        assert checkpoints.latest is None
+        checkpoints.save(state_at(2))
+    assert names(tmp_path) == ["2"]
+
+
 def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Path) -> None:
     def run() -> None:
         with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
@@ -144,6 +155,34 @@ def test_an_error_of_another_kind_before_arrays_are_written_is_raised_too(
         assert "checkpoint 1 was not saved: KeyError('a mistake'); the older ones are intact" in capsys.readouterr().err
         save(checkpoints, 2)
         assert checkpoints.latest == 2
+
+
+def test_what_the_system_does_not_list_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    save(tmp_path, 1)
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, fail)
+    with pytest.raises(PermissionError):
+        checkpoint.Checkpoints(tmp_path, ABOUT)
+    with pytest.raises(PermissionError):
+        checkpoint.load_params(tmp_path)
+
+
+def test_nothing_counts_whose_files_were_not_all_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last look at its folders, of which files are to be on the disk, fails."""
+
+    def walk(_: Path, onerror: Callable[[OSError], None] | None = None, **__: Any) -> list[Any]:
+        if onerror:
+            onerror(OSError(errno.EIO, os.strerror(errno.EIO)))
+        return []
+
+    monkeypatch.setattr(os, "walk", walk)
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        checkpoints.save(state_at(1))
+        assert checkpoints.latest is None
+        checkpoints._failed = None
 
 
 def test_a_save_that_the_end_of_the_program_cuts_off_is_said(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from jaxlm.checkpoint._reading import (
     load,
     none_whole,
     or_damage,
-    report,
     report_damage,
     shapes,
 )
@@ -59,8 +58,8 @@ class Checkpoints:
         self._about: Json = json.loads(json.dumps(about))
         self._keep, self._keep_every = keep, keep_every
         self._release: Callable[[], None] = lambda: None
+        self._scores: dict[int, float | None] = {}
         self._steps = set(distributed.by_first(self._open))
-        self._scores = _folder.read_scores(self._folder)
         self._background = ThreadPoolExecutor(1)
         self._saving: tuple[int, Future[None]] | None = None
         self._failed: OSError | None = None
@@ -70,6 +69,7 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._release = files.lock(self._folder)
         _folder.sweep(self._folder)
+        self._scores = _folder.read_scores(self._folder)
         return _folder.whole(self._folder)
 
     def __enter__(self) -> "Checkpoints":
@@ -80,7 +80,7 @@ class Checkpoints:
             self.close()
         else:  # which is the one to see; and of several processes some may be gone, which a save would wait for
             self._background.shutdown(wait=jax.process_count() == 1)
-            self._release()
+            self._let_go()
 
     @property
     def latest(self) -> int | None:
@@ -152,15 +152,18 @@ class Checkpoints:
         if failed:
             raise failed
         if distributed.first():
-            _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
-            _folder.sweep(self._folder, "rewound")
-            steps, scores = _folder.whole(self._folder), dict(self._scores)
-            keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
-            for old in sorted(set(steps) - keep):
-                try:
-                    _folder.remove(self._folder, old)
-                except OSError as error:
-                    report(f"checkpoint {old} could not be removed: {error}")
+            try:
+                self._remove_old()
+            except OSError as error:
+                files.say(f"checkpoints that are no longer needed could not be removed: {error}")
+
+    def _remove_old(self) -> None:
+        _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
+        _folder.sweep(self._folder, "rewound")
+        steps, scores = _folder.whole(self._folder), dict(self._scores)
+        keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
+        for old in sorted(set(steps) - keep):
+            _folder.remove(self._folder, old)
 
     def _attempt(self, step: int, work: Callable[[], Any], *, together: bool = False) -> Any:
         """What `work` returns, or the error if the disk fails it: that is said, and what it has written removed.
@@ -172,12 +175,12 @@ class Checkpoints:
         except Exception as error:
             failed = disk_error(error)
             why = failed.strerror if failed else f"{error!r:.300}"
-            report(f"checkpoint {step} was not saved: {why}; the older ones are intact")
-            several = together and jax.process_count() > 1
-            if failed is None or (several and failed.errno not in files.DISK_ERRORS):
+            files.say(f"checkpoint {step} was not saved: {why}; the older ones are intact")
+            if together and failed and jax.process_count() > 1:
+                code = distributed.RESTART if failed.errno in files.DISK_ERRORS else 1
+                distributed.leave(f"checkpoint {step} was not saved: {why}", code)
+            if failed is None:
                 raise
-            if several:
-                distributed.leave(f"checkpoint {step} was not saved: {failed.strerror}")
             shutil.rmtree(_folder.unfinished(self._folder, step), ignore_errors=True)
             return failed
 
@@ -224,14 +227,14 @@ class Checkpoints:
             try:
                 _folder.write_scores(self._folder, self._scores)
             except OSError as error:
-                report(f"the score of checkpoint {step} was not written: {error}")
+                files.say(f"the score of checkpoint {step} was not written: {error}")
 
         distributed.by_first(write)
 
     def restore(
         self, like: TrainState, *, until: int | None = None, watch: Callable[[str], object] = lambda _: None
     ) -> TrainState | None:
-        """The state of the newest checkpoint that is whole; None if there never was one.
+        """The state of the newest checkpoint that is whole; None if there never was one, or none up to `until`.
 
         Every leaf is held against its fingerprint. A damaged checkpoint is reported on stderr, with the leaf or the
         file that is damaged, and renamed once an older one has been restored.
@@ -313,7 +316,7 @@ class Checkpoints:
 
     def _set_aside(self, damaged: list[int]) -> list[int]:
         for step in damaged:
-            report(f"checkpoint {step} is now {_folder.set_aside(self._folder, step)}")
+            files.say(f"checkpoint {step} is now {_folder.set_aside(self._folder, step)}")
         return _folder.whole(self._folder)
 
     def close(self) -> None:
@@ -326,7 +329,11 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            self._release()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._release, release = lambda: None, self._release
+        release()
 
 
 def _parts(state: TrainState) -> Json:

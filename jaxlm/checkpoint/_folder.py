@@ -8,6 +8,7 @@ fingerprint of each leaf.
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import zlib
@@ -18,6 +19,7 @@ from typing import Any, Final, cast
 from jaxlm import files
 
 Json = dict[str, Any]
+Scores = Mapping[int, float | None]  # by steps; None: it was lost
 
 FORMAT: Final = 2
 MANIFEST: Final = "jaxlm.json"
@@ -30,16 +32,19 @@ hold is held against the fingerprints of leaves."""
 class DamagedError(Exception):
     """A checkpoint isn't what was saved; the message names the file or the leaf."""
 
+    def __init__(self, why: str):
+        super().__init__(f"{why:.500}")  # where a name in it is damaged too
+
 
 def whole(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, the oldest first."""
-    names = (path.name for path in folder.glob("*") if path.name.isdecimal() and path.name.isascii())
+    names = (name for name in os.listdir(folder) if name.isdecimal() and name.isascii())
     return sorted(int(name) for name in names if name == str(int(name)))
 
 
 def aside(folder: Path) -> list[str]:
     """The names of those that were set aside."""
-    return sorted(path.name for suffix in ("damaged-*", "rewound") for path in folder.glob(f"*.{suffix}"))
+    return sorted(name for name in os.listdir(folder) if re.search(r"\.(damaged-.*|rewound)$", name))
 
 
 def unfinished(folder: Path, step: int) -> Path:
@@ -49,7 +54,7 @@ def unfinished(folder: Path, step: int) -> Path:
 
 def sweep(folder: Path, what: str = "unfinished") -> None:
     """Removes what was left unfinished, or was rewound."""
-    for path in folder.glob(f"*.{what}"):
+    for path in [folder / name for name in os.listdir(folder) if name.endswith(f".{what}")]:
         if path.is_symlink():
             path.unlink()
         shutil.rmtree(path, ignore_errors=True)
@@ -60,7 +65,7 @@ def commit(folder: Path, step: int, manifest: Json) -> None:
     path = unfinished(folder, step)
     checksums = {name: [size, _checksum(path / name, size)] for name, size in _sizes(path).items()}
     (path / MANIFEST).write_text(files.signed({**manifest, "files": checksums}))
-    for parent, _, names in os.walk(path, topdown=False):
+    for parent, _, names in os.walk(path, topdown=False, onerror=files.fail):
         for name in names:
             files.sync(Path(parent, name))
         files.sync(Path(parent))
@@ -125,27 +130,33 @@ def set_aside(folder: Path, step: int) -> str:
     return name
 
 
-def kept(steps: Collection[int], scores: Mapping[int, float], *, keep: int, keep_every: int | None) -> set[int]:
-    """Which checkpoints to keep: the newest, every so many steps, and the one with the lowest score.
+def kept(steps: Collection[int], scores: Scores, *, keep: int, keep_every: int | None) -> set[int]:
+    """Which checkpoints to keep: the newest, every so many steps, those whose score is lost, and that with the lowest.
 
     >>> sorted(kept([10, 20, 30, 40, 50], {20: 1.5, 30: 1.7}, keep=2, keep_every=None))
     [20, 40, 50]
     """
     newest = set(sorted(steps)[-keep:])
     now_and_then = {step for step in steps if keep_every and step % keep_every == 0}
-    scored = [step for step in steps if step in scores and not math.isnan(scores[step])]
-    return newest | now_and_then | ({min(scored, key=lambda step: (scores[step], -step))} if scored else set())
+    scored = [(score, -step) for step, score in scores.items() if step in steps and score is not None]
+    best = {-step for _, step in sorted(pair for pair in scored if not math.isnan(pair[0]))[:1]}
+    return newest | now_and_then | best | {step for step in steps if step in scores and scores[step] is None}
 
 
-def read_scores(folder: Path) -> dict[int, float]:
-    """The scores that were noted; none, if that can't be read."""
+def read_scores(folder: Path) -> dict[int, float | None]:
+    """The scores that were noted. If they are damaged, that of every checkpoint there is lost."""
     try:
-        return {int(step): float(score) for step, score in files.read_json(folder / SCORES).items()}
-    except (OSError, ValueError, TypeError, OverflowError):
+        found = files.read_json(folder / SCORES)
+        return {int(step): None if score is None else float(score) for step, score in found.items()}
+    except FileNotFoundError:
         return {}
+    except (ValueError, TypeError, OverflowError) as error:
+        steps = whole(folder)
+        files.say(f"{folder / SCORES} is damaged ({error!s:.200}); since one of {steps} may be the best, all are kept")
+        return dict.fromkeys(steps)
 
 
-def write_scores(folder: Path, scores: Mapping[int, float]) -> None:
+def write_scores(folder: Path, scores: Scores) -> None:
     """Notes all scores."""
     files.write_whole(folder / SCORES, json.dumps({str(step): score for step, score in sorted(scores.items())}))
 

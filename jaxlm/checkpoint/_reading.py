@@ -4,7 +4,6 @@ import collections
 import contextlib
 import gc
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +38,8 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tupl
         RuntimeError: there are some, but none that isn't damaged; or the parameters need more memory than there is.
     """
     folder = Path(folder).absolute()
-    steps = [found for found in reversed(_folder.whole(folder)) if step in (None, found)]
+    whole = _folder.whole(folder) if folder.is_dir() else []
+    steps = [found for found in reversed(whole) if step in (None, found)]
     if not steps:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -203,12 +203,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def report_damage(step: int, damage: str | None, what: str) -> None:
     """Says what becomes of a checkpoint, once for all processes."""
     if distributed.first():
-        report(f"checkpoint {step} {what}: {damage}")
-
-
-def report(text: str) -> None:
-    """Says something that the user should see, wherever standard output goes."""
-    print(text, file=sys.stderr, flush=True)
+        files.say(f"checkpoint {step} {what}: {damage}")
 
 
 def none_whole(folder: Path, names: list[str]) -> str:

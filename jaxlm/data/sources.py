@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
 from jaxlm.data.text import LARGEST_DOCUMENT, Document, refuse_link_out
-from jaxlm.files import LARGEST, redacted
+from jaxlm.files import LARGEST, fail, redacted
 from jaxlm.optional import optional
 
 Stream = Any  # a file opened for reading bytes: a BinaryIO, but what gzip and fsspec give is none to the letter
@@ -152,7 +152,7 @@ def _local_files(path: str, leave_out: Collection[str]) -> Iterator[_File]:
         yield _File(root.name, functools.partial(_describe_local, root), functools.partial(open, root, "rb"))
         return
     inside = root.resolve()
-    for parent, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if name not in leave_out]
         for name in files:
             file = Path(parent, name)

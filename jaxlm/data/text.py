@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from jaxlm.files import redacted
+from jaxlm.files import fail, redacted
 
 LARGEST_DOCUMENT: Final = 2**30
 """Bytes that a document may have, for each is in memory whole: what unpacks to more is none."""
@@ -41,7 +41,7 @@ def text_files(
     if not folder.is_dir():
         raise FileNotFoundError(f"{redacted(given)} is not a folder")
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if name not in leave_out]
         paths = (Path(parent, name) for name in files if name.endswith(suffixes) and name not in leave_out)
         found += [path for path in paths if path.is_file()]

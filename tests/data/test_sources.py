@@ -1,5 +1,6 @@
 """Sources: each format against what was put into it, and damage is named with its file and line."""
 
+import errno
 import gzip
 import io
 import itertools
@@ -243,6 +244,22 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder" / "c.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"c.txt is a link to .*secret, out of the folder"):
         data.shards(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("read", [data.shards, data.text_files])
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: Path, scandir: Callable[[Path], Any] = os.scandir) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="locked"):
+        read(tmp_path)
 
 
 def test_what_would_block_for_ever_is_refused(tmp_path: Path) -> None:

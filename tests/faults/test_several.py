@@ -82,7 +82,7 @@ def test_what_comes_right_after_a_save_does_not_meet_it(tmp_path: Path) -> None:
     ("error", "code", "why"),
     [
         (errno.ENOSPC, 75, "checkpoint 2 was not saved: No space left on device"),
-        pytest.param(errno.EACCES, 1, "PermissionError: [Errno 13] Permission denied", marks=pytest.mark.slow),
+        pytest.param(errno.EACCES, 1, "checkpoint 2 was not saved: Permission denied", marks=pytest.mark.slow),
     ],
     ids=["ENOSPC", "EACCES"],
 )
@@ -112,6 +112,13 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
     if sys.platform != "linux" or shutil.which("cc") is None:
         pytest.skip("needs Linux and a C compiler")
     return str(saving.compile_shim(tmp_path_factory.mktemp("shim")))
+
+
+@pytest.mark.slow
+def test_an_error_in_the_background_that_would_come_again_ends_both(shim: str, tmp_path: Path) -> None:
+    codes, ended = end_of_two(tmp_path / "checkpoints", "call", "1", "3", str(errno.EACCES), LD_PRELOAD=shim)
+    assert codes == [1, 1], ended
+    assert _folder.whole(tmp_path / "checkpoints") == [1]
 
 
 @pytest.mark.slow
