@@ -56,7 +56,7 @@ def calls(kind: str, trials: int, seed: int, console: Console) -> dict[str, Any]
 
 
 def damage(trials: int, seed: int, *options: str) -> Iterator[dict[str, Any]]:
-    """Damage to the newest of two checkpoints: how often the older one was used, or the newest with every bit right."""
+    """Damage to the newest checkpoint: how often the older one was used, or the newest with every bit right."""
     for line in lines("corrupting", f"--trials={trials}", f"--seed={seed}", *options):
         how = "checksums of files" if line.pop("checksums") else "fingerprints of leaves alone"
         if "wrong" in line:
@@ -88,15 +88,17 @@ def killed(kills: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
 
 
 def lost(trials: int, seed: int) -> Iterator[dict[str, Any]]:
-    """One process of several killed, stopped or hanging: seconds until all are gone, as lost.py counts them."""
+    """One process of several killed, stopped or hanging: how the others end, and after how many seconds (lost.py)."""
     seconds: dict[str, list[float]] = collections.defaultdict(list)
+    codes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for line in lines("lost", f"--trials={trials}", f"--seed={seed}"):
         seconds[line["fault"]].append(line["seconds"])
+        codes[line["fault"]].update(f"left with {code if code > 0 else 128 - code}" for code in line["codes"])
     for fault, found in seconds.items():
         yield {
             "fault": fault,
             "trials": len(found),
-            "outcomes": {"all gone": len(found)},
+            "outcomes": codes[fault],
             "wrong": [f"{fault}: {max(found)} s"] if max(found) > (15 if "stopped" in fault else 5) else [],
             "median_seconds": statistics.median(found),
             "slowest_seconds": max(found),

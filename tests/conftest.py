@@ -22,17 +22,21 @@ GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `sampled(n)` only one in n cases isn't slow: which ones, depends on Python's version.
+    """Of a test that is `sampled(n)` only one in n cases isn't slow, or one: which ones, depends on Python's version.
 
     Steps of the golden ratio meet all values of each parameter, however many it has.
     """
-    counts = collections.Counter[str]()
+    cases = collections.defaultdict[str, list[pytest.Item]](list)
     for item in items:
-        if (marker := item.get_closest_marker("sampled")) and not item.get_closest_marker("slow"):
-            test = item.nodeid.partition("[")[0]
-            if (counts[test] + sys.version_info.minor) * GOLDEN_RATIO % 1 >= 1 / marker.args[0]:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for own in cases.values():
+        marker = own[0].get_closest_marker("sampled")
+        assert marker is not None
+        places = [(i + sys.version_info.minor) * GOLDEN_RATIO % 1 for i in range(len(own))]
+        for item, place in zip(own, places, strict=True):
+            if place >= 1 / marker.args[0] and place > min(places):
                 item.add_marker(pytest.mark.slow)
-            counts[test] += 1
 
 
 WORDS = b"the quick brown fox jumps over the lazy dog while seven wizards make toxic brew of jade and onyx ".split()

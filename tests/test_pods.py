@@ -196,16 +196,40 @@ def test_when_one_of_four_is_lost_the_others_leave_and_any_number_of_devices_goe
             # 75, or JAX's SIGABRT, if its heartbeats tell first
             assert "lost process 2;" in err or "stopped sending heartbeats):\n2\n" in err, err
             assert one.process.returncode in (75, -signal.SIGABRT)
-    begun = lines(run / "timing.jsonl")[:10]
     assert 12 < len(lines(run / "metrics.jsonl")) < STEPS
-    for processes, devices, zero in ((4, 2, 0), (2, 4, 3), (1, 8, 2)):  # it began with stage 1
-        folder = tmp_path / str(processes)
-        shutil.copytree(killed, folder)
-        with started([folder] * processes, text, f"--zero={zero}", devices=devices) as again:
+    check_goes_on(killed, [(4, 0), (2, 3), (1, 2)], straight, text)
+
+
+def check_goes_on(ended: Path, layouts: Sequence[tuple[int, int]], straight: Path, text: Path) -> None:
+    """That a run which was ended goes on as so many processes, of eight devices in all, in a stage of ZeRO."""
+    begun = lines(ended / "runs/pretrain/timing.jsonl")[:10]
+    for processes, zero in layouts:
+        folder = ended.with_name(str(processes))
+        shutil.copytree(ended, folder)
+        with started([folder] * processes, text, f"--zero={zero}", devices=8 // processes) as again:
             for one in again:
                 one.end()
         assert lines(folder / "runs/pretrain/timing.jsonl")[:10] == begun  # it went on, and didn't begin anew
         check_same_run(folder / "runs" / "pretrain", straight)
+
+
+@pytest.mark.slow
+def test_several_processes_go_on_from_one(straight: Path, text: Path, tmp_path: Path) -> None:
+    ended = tmp_path / "ended"
+    shutil.copytree(straight.parents[1], ended)
+    shutil.rmtree(ended / "runs/pretrain/checkpoints" / str(STEPS))
+    check_goes_on(ended, [(2, 3), (4, 2)], straight, text)
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_from_two(straight: Path, text: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    with started([killed] * 2, text, devices=4) as running:
+        wait_for_step_12(killed / "runs" / "pretrain", running)
+        for one in running:
+            one.process.kill()
+    check_goes_on(killed, [(4, 2)], straight, text)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
