@@ -26,6 +26,7 @@ from jaxlm.evaluate import compile_eval, evaluate
 from jaxlm.files import redacted, within
 from jaxlm.generate import complete
 from jaxlm.nans import first_nan
+from jaxlm.output import say
 from jaxlm.precision import compute_in, product_in
 from jaxlm.report import write_report
 from jaxlm.watchdog import watching
@@ -118,8 +119,8 @@ def main(config: Config) -> None:
     muon = muon(schedule, orthogonalize=optim.newton_schulz(dtype=dtype), weight_decay=0.1)
     optimizer = optim.skip_nonfinite(optax.chain(optim.clip_by_global_norm(1.0), muon))
     if first:
-        print(corpus.summary, data.describe(batches.plan, min(config.steps, 1000)), sep="\n\n", end="\n\n")
-        print(sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices))
+        summary = corpus.summary, data.describe(batches.plan, min(config.steps, 1000))
+        say(*summary, sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices), sep="\n\n")
     start = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))
     like = start.eval_shape()
     step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), like, batches.specs(by_rows))
@@ -131,8 +132,7 @@ def main(config: Config) -> None:
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
     pauses, keep = range(0, config.steps, config.save_every), 2 + bool(config.spikes) * SPIKE // config.save_every
     saved = checkpoint.Checkpoints(folder / "checkpoints", about, keep=keep)
-    patience = config.patience if debug is None else np.inf
-    with watching(folder / f"stacks-{jax.process_index()}.txt", seconds=patience) as watch:
+    with watching(folder / f"stacks-{jax.process_index()}.txt", seconds=np.inf if debug else config.patience) as watch:
 
         def bits_per_byte(params: object, count: int) -> float:
             some = watch.each("evaluating on held-out batch", range(min(count, len(unseen))))
@@ -145,7 +145,7 @@ def main(config: Config) -> None:
                 state, _ = step(state, place(batches[i]))
             batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
             found = first_nan(alone, sharding.to_host(state.params), batch, jax.random.fold_in(step_key, debug - 1))
-            print(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
+            say(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
             return
         with distributed.stop_signals() as stop, saved as checkpoints:
             state = checkpoints.restore(like, watch=watch) or start()
@@ -175,12 +175,12 @@ def main(config: Config) -> None:
                     back = checkpoints.rewind(spike.step - SPIKE)
                     skips = batches.without(back, spike.step + SPIKE).skip
                     by_first(lambda: data.write_skips(folder / "skips.json", skips))
-                    print(f"{spike}: back to step {back}, without the batches {skips}. The same command goes on")
+                    say(f"{spike}: back to step {back}, without the batches {skips}. The same command goes on")
                     sys.exit(distributed.RESTART)
             watch(f"saving step {done}")
             checkpoints.save(state)
         if done < config.steps:
-            print(f"Stopped after step {done} and saved. To go on: {redacted(shlex.join([sys.executable, *sys.argv]))}")
+            say(f"Stopped after step {done} and saved. To go on: {redacted(shlex.join([sys.executable, *sys.argv]))}")
             sys.exit(distributed.RESTART)
         found, params = bits_per_byte(state.params, len(unseen)), sharding.to_host(state.params)
     if first:
@@ -190,7 +190,7 @@ def main(config: Config) -> None:
             "xz -9 on the same bytes": f"{8 * len(lzma.compress(text, preset=9)) / len(text):.3f}",
             "sample": complete(shape, params, tokenizer, "def ", length=config.row_lengths[-1] - 5),
         }
-        print(*(f"{a}: {b}\n" for a, b in results.items()), f"Look at {write_report(folder, results)}", sep="\n")
+        say(*(f"{a}: {b}\n" for a, b in results.items()), f"Look at {write_report(folder, results)}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm.files import disk_error, redacted, say
+from jaxlm.files import disk_error, redacted
 from jaxlm.launchers import let_collectives_listen_on, started_with_others
+from jaxlm.output import drop_unsaid, warn
 from jaxlm.peers import Peers
 
 T = TypeVar("T")
@@ -208,8 +209,10 @@ def leaving_together() -> Generator[None]:
         except OSError as error:
             if not disk_error(error):
                 raise
-            say(traceback.format_exc().rstrip())
+            warn(traceback.format_exc().rstrip())
             sys.exit(RESTART)
+        finally:
+            drop_unsaid()
         return
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(done,), daemon=True)
@@ -218,13 +221,14 @@ def leaving_together() -> Generator[None]:
         _connect_peers()
         yield
     except (Exception, KeyboardInterrupt) as error:
-        say(traceback.format_exc().rstrip())
+        warn(traceback.format_exc().rstrip())
         # Gloo's errors come as ValueError from where a program is run at once.
         of_all = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN)
         of_all = of_all or (isinstance(error, ValueError) and ": Gloo " in str(error))
         again = isinstance(error, KeyboardInterrupt) or disk_error(error)
         leave("" if of_all else f"{type(error).__name__}: {error}", RESTART if again else 1)
     finally:
+        drop_unsaid()
         done.set()
         _PEERS.bye()
         listener.join()
@@ -328,13 +332,14 @@ def _listen(done: threading.Event) -> None:
 
 
 def _warn(text: str) -> None:
-    say(f"process {_coordination().process_id}: {text}")
+    warn(f"process {_coordination().process_id}: {text}")
 
 
 def leave(failure: str, code: int = RESTART) -> NoReturn:
     """Ends this process of several, from any of its threads, and so those others that are inside `leaving_together`.
 
-    It first waits until the others have said why they leave, or have not answered.
+    It first waits until the others have said why they leave, or for 5 seconds; with a failure of its own only process 0
+    does.
 
     Args:
         failure: what failed here; empty: another process did, which tells the code too.
@@ -367,9 +372,8 @@ def leave(failure: str, code: int = RESTART) -> NoReturn:
     except UNREACHABLE as error:
         time.sleep(LISTEN_EVERY)  # JAX may be about to end this process too, and to say why
         me, line, code = "?", f"lost process 0 ({type(error).__name__}: {error})", code if failure else RESTART
-    say(f"process {me}: {line}; leaving with exit code {code}")
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
+    warn(f"process {me}: {line}; leaving with exit code {code}")
+    drop_unsaid()
     if me == 0:  # JAX would end the others, which hear of each other through this process
         _PEERS.let_go(_coordination().num_processes - 1, within=PATIENCE)
     os._exit(code)

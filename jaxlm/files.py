@@ -1,6 +1,5 @@
 """Files that are there whole or not at all, and folders that one process at a time writes to."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -8,7 +7,6 @@ import os
 import re
 import socket
 import stat
-import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -87,29 +85,29 @@ def disk_error(error: BaseException | None) -> int | None:
     return error.errno if isinstance(error, OSError) and error.errno in DISK_ERRORS else None
 
 
-def say(text: str) -> None:
-    """Says on stderr what the user should see, wherever standard output goes. Where that can't be written, as into a
-    file on a full disk, it is lost, and nothing else.
-    """
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-
-
 def fail(error: OSError) -> None:
     """For `os.walk`, which otherwise leaves out what it can't read."""
     raise error
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is such a file, which is no pipe or folder.
+def exists(path: Path) -> bool:
+    """Whether there is something of that name, and no link that leads nowhere.
 
     Raises:
-        OSError: the system can't tell, which `Path.is_file` takes for no in some versions of Python.
+        OSError: the system can't tell, which Python 3.14's `Path.exists` takes for no.
     """
     try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
+        path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         return False
+    return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, which is no pipe or folder. Raises what `exists` does."""
+    return exists(path) and stat.S_ISREG(path.stat().st_mode)
 
 
 def create(path: Path) -> TextIO:

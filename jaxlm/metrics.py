@@ -20,6 +20,7 @@ import jax
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from jaxlm import files
+from jaxlm.output import say, warn
 
 T = TypeVar("T")
 
@@ -62,8 +63,8 @@ def open_run(
     config = json.loads(files.redacted(json.dumps(config)))
     folder.mkdir(parents=True, exist_ok=True)
     files.lock(folder)
-    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    saved = files.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    begun = any(files.exists(folder / name) for name in ("metrics.jsonl", "checkpoints"))
+    saved = files.read_json(folder / CONFIG) if files.exists(folder / CONFIG) else {}
     names = {**saved, **config} if saved else {}
     other = [name for name in names if name not in free and saved.get(name) != config.get(name)]
     if other and (begun or saved.keys() != config.keys()):
@@ -86,7 +87,7 @@ def _clear(folder: Path) -> None:
     """Removes what a command made that was ended before it trained, but for what tells of that and other runs."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
-            if next(path.rglob(files.LOCK), None) is None:
+            if not any(files.LOCK in names for _, _, names in os.walk(path, onerror=files.fail)):
                 shutil.rmtree(path)
         elif path.name not in (files.LOCK, CONFIG):
             path.unlink()
@@ -171,7 +172,7 @@ class Log:
         except Exception as error:
             if exception is None:  # else that is the one to see
                 raise
-            files.say(f"metrics are not all written: {error}")
+            warn(f"metrics are not all written: {error}")
 
     def close(self) -> None:
         """Writes what has been taken, waits until it is on the disk, and closes the files."""
@@ -228,7 +229,7 @@ class Log:
                 file.flush()  # what it can't write it keeps
             except OSError as error:
                 if not failed and not self._failed:
-                    files.say(f"metrics stay in memory for now: {file.name}: {error.strerror}")
+                    warn(f"metrics stay in memory for now: {file.name}: {error.strerror}")
                 self._failed = True
         self._recent.append((values.get("weight", 0.0), now - self._last))
         self._last = now
@@ -255,10 +256,9 @@ class Log:
         weights, seconds = map(sum, zip(*self._recent, strict=True))
         loss, heldout = self._latest["loss"], self._latest["heldout"]
         line = f"loss {loss:.3f} held-out {heldout:.3f} bits/byte {weights / seconds:,.0f} tok/s"
-        with contextlib.suppress(OSError):  # it may go into a file on a full disk
-            self._progress.update(self._task, completed=step, description=line)
-            if in_full and not self._progress.console.is_terminal:  # no line can be drawn over: a new one now and then
-                self._progress.console.print(f"step {step}: {line}", soft_wrap=True, highlight=False)
+        self._progress.update(self._task, completed=step, description=line)
+        if in_full and not self._progress.console.is_terminal:  # no line can be drawn over: a new one now and then
+            say(f"step {step}: {line}")
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

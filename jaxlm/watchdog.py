@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TypeVar, final
 
 from jaxlm.compiled import signature
-from jaxlm.files import create, say
+from jaxlm.files import create
+from jaxlm.output import warn
 from jaxlm.types import Batch
 
 T = TypeVar("T")
@@ -43,10 +44,12 @@ while True:
     elif now - began > pause + 5:
         since = now
     elif now - since > limit:
+        said = (f"watchdog: process {process} made no progress for {limit:g} s, since it was {last}. It is ended by "
+                f"SIGABRT (exit code 134: start it again); where its threads were is in {stacks}, which is then named "
+                "*.previous\\n")
         try:
-            print(f"watchdog: process {process} made no progress for {limit:g} s, since it was {last}. It is ended "
-                  f"by SIGABRT (exit code 134: start it again); where its threads were is in {stacks}, which is then "
-                  "named *.previous", file=sys.stderr, flush=True)
+            if select.select([], [2], [], 1)[1]:  # else it is a full pipe that nobody reads
+                os.write(2, said.encode())
         except OSError:
             pass
         os.kill(process, signal.SIGABRT)
@@ -115,18 +118,18 @@ def watching(stacks: str | os.PathLike[str], *, seconds: float | int) -> Generat
         raise ValueError(f"watching: seconds is {seconds}; use a number above 0")
     path = Path(stacks)
     if os.getpid() == 1:
-        say(
+        warn(
             "watchdog: this is process 1 of a container, which nothing in it can end; give that an init (docker run "
             "--init, or Kubernetes' shareProcessNamespace)"
         )
     if path.exists() and path.stat().st_size:
         path.replace(f"{path}.previous")
     before = faulthandler.is_enabled()
-    watcher = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)], stdin=subprocess.PIPE
-    )
-    assert watcher.stdin is not None
     with create(path) as file:
+        watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", WATCH, str(os.getpid()), str(seconds), str(path)], stdin=subprocess.PIPE
+        )
+        assert watcher.stdin is not None
         try:
             faulthandler.enable(file)
             os.set_blocking(watcher.stdin.fileno(), False)

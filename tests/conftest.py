@@ -22,7 +22,7 @@ GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `sampled(n)` only one in n cases isn't slow, or one: which ones, depends on Python's version.
+    """Of a test that is `sampled(n)` one in n cases isn't slow, and at least one: which, depends on Python's version.
 
     Steps of the golden ratio meet all values of each parameter, however many it has.
     """

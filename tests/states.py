@@ -1,11 +1,6 @@
-"""Small states of a training run, saved and compared; a disk that is full."""
+"""Small states of a training run, saved and compared."""
 
-import contextlib
-import errno
 import functools
-import io
-import os
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +40,3 @@ def same(a: Any, b: Any) -> bool:
     return all(
         x.dtype == y.dtype and bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
-
-
-class FullDisk(io.StringIO):
-    def write(self, _: str) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@contextlib.contextmanager
-def output_on_a_full_disk() -> Generator[None]:
-    with contextlib.redirect_stdout(FullDisk()), contextlib.redirect_stderr(FullDisk()):
-        yield

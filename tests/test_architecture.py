@@ -11,7 +11,7 @@ PACKAGE = sorted((ROOT / "jaxlm").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 LAYERS = [
-    ["types", "tree", "fingerprint", "stages", "files", "nans", "optional", "peers", "launchers"],
+    ["types", "tree", "fingerprint", "stages", "files", "output", "nans", "optional", "peers", "launchers"],
     [
         "compiled",
         "hlo",

@@ -77,13 +77,6 @@ def test_open_mpi_is_found_and_an_error_in_one_ends_all_also_those_inside_a_coll
     assert "process 1: process 0 failed: ValueError: it is wrong; leaving with exit code 1" in second.stderr
 
 
-@pytest.mark.slow
-def test_an_error_that_cannot_be_said_ends_all(tmp_path: Path) -> None:
-    environments = launched(OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-    with several(2, "failing", tmp_path, *environments, within=["sh", "-c", 'exec "$@" 2>/dev/full', "sh"]) as running:
-        assert [one.end().code for one in running] == [1, 1]
-
-
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("how", "said"), [("disk", r"OSError: \[Errno 28\] the disk is full"), ("interrupt", "KeyboardInterrupt: ")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from states import ABOUT, names, output_on_a_full_disk, same, save, state_at
+from states import ABOUT, names, same, save, state_at
 
 from jaxlm import checkpoint, files
 from jaxlm.checkpoint import _folder, _writing
@@ -96,17 +96,6 @@ def test_a_checkpoint_that_counts_though_its_save_failed_is_not_saved_again(
     with pytest.raises(OSError, match="checkpoint 2 was not saved: Input/output error"):
         checkpoints.close()
     assert names(tmp_path) == ["1", "2"]
-
-
-def test_where_a_failed_save_cannot_even_be_said_the_run_goes_on(tmp_path: Path) -> None:
-    def fail() -> None:
-        raise OSError(errno.ENOSPC, "")
-
-    with output_on_a_full_disk(), checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
-        checkpoints.save(state_at(1), after=fail)
-        assert checkpoints.latest is None
-        checkpoints.save(state_at(2))
-    assert names(tmp_path) == ["2"]
 
 
 def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from states import ABOUT, output_on_a_full_disk, state_at
+from states import ABOUT, state_at
 
 from jaxlm import checkpoint, metrics
 
@@ -236,13 +236,6 @@ def test_while_the_disk_is_full_lines_stay_in_memory(tmp_path: Path, capfd: pyte
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
-def test_lines_that_cannot_be_shown_are_still_written(tmp_path: Path) -> None:
-    with output_on_a_full_disk(), metrics.Log(tmp_path, 0, steps=9) as log:
-        for step in (1, 2, 3):
-            log.write(step, {"loss": 1.0, "heldout": 1.0})
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-
-
 def test_a_disk_that_stays_full_is_an_error_in_the_end(tmp_path: Path) -> None:
     log = metrics.Log(tmp_path, 0, steps=1)
     full = os.open("/dev/full", os.O_WRONLY)

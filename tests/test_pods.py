@@ -229,6 +229,7 @@ def test_four_processes_go_on_from_two(straight: Path, text: Path, tmp_path: Pat
         wait_for_step_12(killed / "runs" / "pretrain", running)
         for one in running:
             one.process.kill()
+    assert 12 < len(lines(killed / "runs/pretrain/metrics.jsonl")) < STEPS
     check_goes_on(killed, [(4, 2)], straight, text)
 
 

@@ -57,15 +57,6 @@ def test_a_process_that_hangs_is_ended_and_says_where_it_was(how: str, tmp_path:
         assert f"in {function}" in (tmp_path / "stacks.txt").read_text()
 
 
-def test_a_process_that_hangs_is_ended_also_where_that_cannot_be_said(tmp_path: Path) -> None:
-    code, _ = HANGS["waiting for a lock"]
-    package = str(Path(__file__).parents[1] / "jaxlm")
-    command = [sys.executable, "-c", PROGRAM, package, str(tmp_path), str(SECONDS), code]
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, timeout=60, check=False)
-    assert ended.returncode == -signal.SIGABRT
-
-
 def test_a_process_that_goes_on_is_left_alone_and_nothing_remains(tmp_path: Path) -> None:
     with watching(tmp_path / "stacks.txt", seconds=1) as watchdog:
         for i in range(7):

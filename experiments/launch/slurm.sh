@@ -20,9 +20,8 @@ srun --wait=120 .venv/bin/python experiments/pretrain.py "$@"
 code=$?
 
 # srun's code is the highest of all tasks. 1 is an error that would come again. 75 is a stop that the last checkpoint
-# goes on from, or a lost process; 120 what Python makes of any code where the output can't be written; above 128 a
-# process was lost too, by the signal of that number less 128.
-if ((code == 75 || code == 120 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < 10)); then
+# goes on from, or a lost process; above 128 a process was lost too, by the signal of that number less 128.
+if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < 10)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -4,12 +4,13 @@
 Start: experiments/launch/supervise.py runs/pretrain -- python experiments/pretrain.py --steps 100000
 On several machines start it on each, or let SLURM or Kubernetes do the same (docs/reliability.md).
 
-A run that exits with 0 is done. With 75 or 120, or ended by a signal, it is started again; with anything else it failed
-with an error that it would meet again. Three starts in a row without a new checkpoint end it too, and the waits between
+A run that exits with 0 is done. With 75, or ended by a signal, it is started again; with anything else it failed with
+an error that it would meet again. Three starts in a row without a new checkpoint end it too, and the waits between
 them grow. A signal to this program is passed on, and the run then not started again.
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -18,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 RESTART = 75
-UNSAID = 120  # Python's, whatever the program ended with, where its output can't be written, as on a full disk
 WAITS = 1, 10, 60  # seconds, by the number of starts in a row without a new checkpoint, of which there may be no more
 
 
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # it may go into a file on a full disk
-        print(text, file=sys.stderr, flush=True)
+        os.write(2, f"{text}\n".encode())
 
 
 def newest(run: Path) -> int:
@@ -54,7 +54,7 @@ def supervise(run: Path, command: list[str]) -> int:
         code, after = child.wait(), newest(run)
         child = None
         # A shell gives 128 + N for signal N.
-        again = code in (RESTART, UNSAID) or code < 0 or 128 < code < 160
+        again = code == RESTART or code < 0 or 128 < code < 160
         fruitless = 0 if after > before else fruitless + 1
         what = f"supervise: start {starts} ended with exit code {code}, its newest checkpoint is that of step {after}"
         if code == 0 or asked or not again or fruitless == len(WAITS):

@@ -25,6 +25,7 @@ from jaxlm.checkpoint._reading import (
     shapes,
 )
 from jaxlm.checkpoint._writing import begin, compile_ahead, disk_error
+from jaxlm.output import warn
 from jaxlm.tree import nbytes
 from jaxlm.types import TrainState
 
@@ -93,9 +94,9 @@ class Checkpoints:
 
         Does nothing if its step is the newest one already. A save that fails for want of space, or because the disk has
         errors, is reported on stderr, what it wrote is removed, and the run goes on: the next save may succeed. Of
-        several processes the first looks for room, for all bytes of the state, before any begins; where the disk then
-        fails one in the middle, which the others would wait for, all leave for a restart, those others that are inside
-        `distributed.leaving_together`. Until a state is written it takes the host's memory once more; in one process on
+        several processes the first looks for room, for all bytes of the state, before any begins; where the system then
+        fails one in the middle, which the others would wait for, all leave (see `distributed.leaving_together`): for a
+        restart, if it was the disk. Until a state is written it takes the host's memory once more; in one process on
         CPUs twice, while Orbax begins.
 
         What several devices hold must be the same on all: where it isn't, one of them has failed without a sign, or the
@@ -152,18 +153,15 @@ class Checkpoints:
         if failed:
             raise failed
         if distributed.first():
-            try:
-                self._remove_old()
-            except OSError as error:
-                files.say(f"checkpoints that are no longer needed could not be removed: {error}")
-
-    def _remove_old(self) -> None:
-        _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
-        _folder.sweep(self._folder, "rewound")
-        steps, scores = _folder.whole(self._folder), dict(self._scores)
-        keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
-        for old in sorted(set(steps) - keep):
-            _folder.remove(self._folder, old)
+            _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
+            _folder.sweep(self._folder, "rewound")
+            steps, scores = _folder.whole(self._folder), dict(self._scores)
+            keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
+            for old in sorted(set(steps) - keep):
+                try:
+                    _folder.remove(self._folder, old)
+                except OSError as error:
+                    warn(f"checkpoint {old} could not be removed: {error}")
 
     def _attempt(self, step: int, work: Callable[[], Any], *, together: bool = False) -> Any:
         """What `work` returns, or the error if the disk fails it: that is said, and what it has written removed.
@@ -175,7 +173,7 @@ class Checkpoints:
         except Exception as error:
             failed = disk_error(error)
             why = failed.strerror if failed else f"{error!r:.300}"
-            files.say(f"checkpoint {step} was not saved: {why}; the older ones are intact")
+            warn(f"checkpoint {step} was not saved: {why}; the older ones are intact")
             if together and failed and jax.process_count() > 1:
                 code = distributed.RESTART if failed.errno in files.DISK_ERRORS else 1
                 distributed.leave(f"checkpoint {step} was not saved: {why}", code)
@@ -190,9 +188,10 @@ class Checkpoints:
             return
         (step, saving), self._saving = self._saving, None
         error = saving.exception()
-        if error and not (isinstance(error, OSError) and error.errno):
+        failed = error and disk_error(error)
+        if error and not failed:
             raise error
-        codes = distributed.exchange(error and error.errno)
+        codes = distributed.exchange(failed and failed.errno)
         if any(codes):
             self._failures += 1
             code = next(filter(None, codes))
@@ -227,7 +226,7 @@ class Checkpoints:
             try:
                 _folder.write_scores(self._folder, self._scores)
             except OSError as error:
-                files.say(f"the score of checkpoint {step} was not written: {error}")
+                warn(f"the score of checkpoint {step} was not written: {error}")
 
         distributed.by_first(write)
 
@@ -316,7 +315,7 @@ class Checkpoints:
 
     def _set_aside(self, damaged: list[int]) -> list[int]:
         for step in damaged:
-            files.say(f"checkpoint {step} is now {_folder.set_aside(self._folder, step)}")
+            warn(f"checkpoint {step} is now {_folder.set_aside(self._folder, step)}")
         return _folder.whole(self._folder)
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ fingerprint of each leaf.
 import json
 import math
 import os
-import re
 import shutil
 import stat
 import zlib
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from jaxlm import files
+from jaxlm.output import warn
 
 Json = dict[str, Any]
 Scores = Mapping[int, float | None]  # by steps; None: it was lost
@@ -37,14 +37,14 @@ class DamagedError(Exception):
 
 
 def whole(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, the oldest first."""
-    names = (name for name in os.listdir(folder) if name.isdecimal() and name.isascii())
-    return sorted(int(name) for name in names if name == str(int(name)))
+    """The steps of the checkpoints in a folder, the oldest first; none if there is no folder."""
+    names = os.listdir(folder) if files.exists(folder) else []
+    return sorted(int(name) for name in names if name.isdecimal() and name.isascii() and name == str(int(name)))
 
 
 def aside(folder: Path) -> list[str]:
     """The names of those that were set aside."""
-    return sorted(name for name in os.listdir(folder) if re.search(r"\.(damaged-.*|rewound)$", name))
+    return sorted(name for name in os.listdir(folder) if ".damaged-" in name or name.endswith(".rewound"))
 
 
 def unfinished(folder: Path, step: int) -> Path:
@@ -131,7 +131,7 @@ def set_aside(folder: Path, step: int) -> str:
 
 
 def kept(steps: Collection[int], scores: Scores, *, keep: int, keep_every: int | None) -> set[int]:
-    """Which checkpoints to keep: the newest, every so many steps, those whose score is lost, and that with the lowest.
+    """Which to keep: the newest, every so many steps, the one with the lowest score, and those whose score is lost.
 
     >>> sorted(kept([10, 20, 30, 40, 50], {20: 1.5, 30: 1.7}, keep=2, keep_every=None))
     [20, 40, 50]
@@ -144,15 +144,15 @@ def kept(steps: Collection[int], scores: Scores, *, keep: int, keep_every: int |
 
 
 def read_scores(folder: Path) -> dict[int, float | None]:
-    """The scores that were noted. If they are damaged, that of every checkpoint there is lost."""
+    """The scores that were noted. If they can't be read, that of every checkpoint there is lost."""
     try:
         found = files.read_json(folder / SCORES)
         return {int(step): None if score is None else float(score) for step, score in found.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         steps = whole(folder)
-        files.say(f"{folder / SCORES} is damaged ({error!s:.200}); since one of {steps} may be the best, all are kept")
+        warn(f"{folder / SCORES} can't be read: {error!s:.300}; since one of {steps} may be the best, all are kept")
         return dict.fromkeys(steps)
 
 

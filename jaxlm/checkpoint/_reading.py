@@ -17,6 +17,7 @@ from jaxlm import distributed, files
 from jaxlm.checkpoint import _folder
 from jaxlm.checkpoint._folder import DamagedError, Json
 from jaxlm.fingerprint import copies, copies_agree, fingerprints
+from jaxlm.output import warn
 from jaxlm.tree import named_leaves, nbytes
 from jaxlm.types import Params
 
@@ -38,8 +39,7 @@ def load_params(folder: str | os.PathLike[str], step: int | None = None) -> tupl
         RuntimeError: there are some, but none that isn't damaged; or the parameters need more memory than there is.
     """
     folder = Path(folder).absolute()
-    whole = _folder.whole(folder) if folder.is_dir() else []
-    steps = [found for found in reversed(whole) if step in (None, found)]
+    steps = [found for found in reversed(_folder.whole(folder)) if step in (None, found)]
     if not steps:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -203,7 +203,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def report_damage(step: int, damage: str | None, what: str) -> None:
     """Says what becomes of a checkpoint, once for all processes."""
     if distributed.first():
-        files.say(f"checkpoint {step} {what}: {damage}")
+        warn(f"checkpoint {step} {what}: {damage}")
 
 
 def none_whole(folder: Path, names: list[str]) -> str:

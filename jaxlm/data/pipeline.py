@@ -259,7 +259,7 @@ def read_skips(path: Path) -> list[list[int]]:
     Raises:
         ValueError: the file is damaged, or says something else.
     """
-    if not path.exists():
+    if not files.exists(path):
         return []
     found: Any = files.read_signed(path).get("batches")
     if not isinstance(found, list) or not (all(map(_is_range, cast(list[Any], found))) and _in_order(found)):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from jaxlm.files import fail, redacted
+from jaxlm.files import fail, is_file, redacted
 
 LARGEST_DOCUMENT: Final = 2**30
 """Bytes that a document may have, for each is in memory whole: what unpacks to more is none."""
@@ -44,7 +44,7 @@ def text_files(
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if name not in leave_out]
         paths = (Path(parent, name) for name in files if name.endswith(suffixes) and name not in leave_out)
-        found += [path for path in paths if path.is_file()]
+        found += [path for path in paths if is_file(path)]
     inside = folder.resolve()
     for path in found:
         refuse_link_out(path, inside)

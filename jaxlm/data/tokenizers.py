@@ -238,7 +238,7 @@ def tokenizer_of(name: str | os.PathLike[str], *, end_token: str | None = None) 
     if os.fspath(name) == ByteTokenizer.name:
         return ByteTokenizer()
     manifest = path / "manifest.json"
-    about = files.read_json(manifest) if manifest.is_file() else {}
+    about = files.read_json(manifest) if files.is_file(manifest) else {}
     wanted = about.get("tokenizer")
     if not isinstance(wanted, str | None):
         raise ValueError(f"{manifest} is damaged: its tokenizer is {wanted!r:.80}")

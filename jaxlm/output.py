@@ -1,0 +1,27 @@
+"""What is said to the user, which may go into a file on a full disk: then it is lost, and nothing else."""
+
+import contextlib
+import os
+import sys
+
+
+def say(*texts: object, sep: str = " ") -> None:
+    """Prints."""
+    with contextlib.suppress(OSError):
+        print(*texts, sep=sep, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints on stderr, which the user sees wherever standard output goes."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def drop_unsaid() -> None:
+    """Forgets what couldn't be written, for which Python would end with 120, whatever the exit code was to be."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), stream.fileno())
