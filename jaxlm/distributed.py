@@ -3,6 +3,7 @@
 JAX asks nobody who connects for a password: keep the ports of a run inside a network that you trust.
 """
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -203,6 +204,7 @@ def leaving_together() -> Generator[None]:
 
     `SystemExit` passes: leave by it in all processes or in none.
     """
+    atexit.register(drop_unsaid)
     if not jax.distributed.is_initialized():
         try:
             yield
@@ -211,8 +213,6 @@ def leaving_together() -> Generator[None]:
                 raise
             warn(traceback.format_exc().rstrip())
             sys.exit(RESTART)
-        finally:
-            drop_unsaid()
         return
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(done,), daemon=True)
@@ -228,7 +228,6 @@ def leaving_together() -> Generator[None]:
         again = isinstance(error, KeyboardInterrupt) or disk_error(error)
         leave("" if of_all else f"{type(error).__name__}: {error}", RESTART if again else 1)
     finally:
-        drop_unsaid()
         done.set()
         _PEERS.bye()
         listener.join()

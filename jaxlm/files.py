@@ -96,18 +96,21 @@ def exists(path: Path) -> bool:
     Raises:
         OSError: the system can't tell, which Python 3.14's `Path.exists` takes for no.
     """
-    try:
-        path.stat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise
-        return False
-    return True
+    return _mode(path) != 0
 
 
 def is_file(path: Path) -> bool:
     """Whether there is such a file, which is no pipe or folder. Raises what `exists` does."""
-    return exists(path) and stat.S_ISREG(path.stat().st_mode)
+    return stat.S_ISREG(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return 0
 
 
 def create(path: Path) -> TextIO:

@@ -159,6 +159,28 @@ def test_what_the_system_does_not_list_is_not_taken_for_empty(tmp_path: Path, mo
         checkpoint.load_params(tmp_path)
 
 
+def test_what_cannot_be_removed_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    def remove(folder: Path, step: int, remove: Callable[[Path, int], None] = _folder.remove) -> None:
+        (busy if step == 1 else remove)(folder, step)
+
+    monkeypatch.setattr(_folder, "remove", remove)
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(state_at(step))
+        checkpoints.wait()
+        monkeypatch.setattr(_folder, "sweep", busy)
+        checkpoints.save(state_at(5))
+    assert names(tmp_path) == ["1", "3", "4", "5"]
+    said = capsys.readouterr().err
+    assert "checkpoint 1 could not be removed: [Errno 16] Device or resource busy" in said
+    assert said.endswith("not all removed: [Errno 16] Device or resource busy\n")
+
+
 def test_nothing_counts_whose_files_were_not_all_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last look at its folders, of which files are to be on the disk, fails."""
 

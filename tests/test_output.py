@@ -29,7 +29,10 @@ from jaxlm.output import say, warn
 with distributed.leaving_together():
     say("said")
     warn("warned")
-    print("printed")
+    if sys.stdout:
+        print("printed")
+    if sys.argv[1] == "1":
+        raise ValueError("an error")
     sys.exit(int(sys.argv[1]))
 """
 
@@ -76,21 +79,19 @@ def test_lines_of_metrics_are_written(tmp_path: Path) -> None:
 
 
 @on_linux
-@pytest.mark.parametrize("code", [0, 75])
-def test_a_process_ends_with_its_exit_code(code: int) -> None:
-    with FULL.open("w") as full:
-        command = [sys.executable, "-c", STOPS, str(code)]
-        ended = subprocess.run(
-            command, env=clean_environment(PYTHONUNBUFFERED=""), stdout=full, stderr=full, check=False
-        )
-    assert ended.returncode == code
+@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("where", [">/dev/full 2>&1", ">&- 2>&-"], ids=["full", "closed"])
+def test_a_process_ends_with_its_exit_code(where: str, code: int) -> None:
+    command = ["sh", "-c", f'exec "$@" {where}', "sh", sys.executable, "-c", STOPS, str(code)]
+    assert subprocess.run(command, env=clean_environment(PYTHONUNBUFFERED=""), check=False).returncode == code
 
 
 @on_linux
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", [">/dev/full 2>&1", ">&- 2>&-"], ids=["full", "closed"])
+def test_an_error_in_one_process_ends_all(where: str, tmp_path: Path) -> None:
     environments = launched(OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-    with several(2, "failing", tmp_path, *environments, within=["sh", "-c", 'exec "$@" 2>/dev/full', "sh"]) as running:
+    with several(2, "failing", tmp_path, *environments, within=["sh", "-c", f'exec "$@" {where}', "sh"]) as running:
         assert [one.end().code for one in running] == [1, 1]
 
 

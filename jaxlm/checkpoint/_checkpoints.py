@@ -153,15 +153,21 @@ class Checkpoints:
         if failed:
             raise failed
         if distributed.first():
-            _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
-            _folder.sweep(self._folder, "rewound")
-            steps, scores = _folder.whole(self._folder), dict(self._scores)
-            keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
-            for old in sorted(set(steps) - keep):
-                try:
-                    _folder.remove(self._folder, old)
-                except OSError as error:
-                    warn(f"checkpoint {old} could not be removed: {error}")
+            try:
+                self._remove_old()
+            except OSError as error:
+                warn(f"what is no longer needed of {self._folder} was not all removed: {error}")
+
+    def _remove_old(self) -> None:
+        _folder.sweep(self._folder)  # threads of Orbax may have gone on writing after an earlier save had failed
+        _folder.sweep(self._folder, "rewound")
+        steps, scores = _folder.whole(self._folder), dict(self._scores)
+        keep = _folder.kept(steps, scores, keep=self._keep, keep_every=self._keep_every)
+        for old in sorted(set(steps) - keep):
+            try:
+                _folder.remove(self._folder, old)
+            except OSError as error:
+                warn(f"checkpoint {old} could not be removed: {error}")
 
     def _attempt(self, step: int, work: Callable[[], Any], *, together: bool = False) -> Any:
         """What `work` returns, or the error if the disk fails it: that is said, and what it has written removed.

@@ -38,7 +38,10 @@ class DamagedError(Exception):
 
 def whole(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, the oldest first; none if there is no folder."""
-    names = os.listdir(folder) if files.exists(folder) else []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
     return sorted(int(name) for name in names if name.isdecimal() and name.isascii() and name == str(int(name)))
 
 
