@@ -36,7 +36,7 @@ def end_of_two(folder: Path, *what: str, **variables: str) -> tuple[list[int], l
         for process in range(2)
     ]
     try:
-        ended = [process.communicate(timeout=150) for process in running]
+        ended = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()
