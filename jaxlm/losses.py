@@ -76,7 +76,13 @@ def next_token(
 def _ids(batch: Batch, name: str) -> Int[Array, "B T"]:
     if not jnp.issubdtype(batch[name].dtype, jnp.integer):
         raise ValueError(f"next_token: {name} are of {batch[name].dtype}, and token ids of an integer type")
-    return jnp.asarray(batch[name], jnp.int32)
+    return _in_int32(batch[name])
+
+
+def _in_int32(ids: Any) -> Int[Array, "*axes"]:
+    """Ids as int32, and those that are negative beyond any vocabulary: else they would count from its end."""
+    found, of = jnp.asarray(ids, jnp.int32), jnp.iinfo(ids.dtype)
+    return found if of.min == 0 and of.max < 2**31 else jnp.where(found < 0, 2**31 - 1, found)
 
 
 def _sums(
@@ -180,8 +186,8 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
 
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Integer[Array, "B T"]) -> Float[Array, "B T"]:
-    """Minus the log-probability of each target, in nats."""
-    return jax.nn.logsumexp(logits, axis=-1) - _pick(logits, targets)
+    """Minus the log-probability of each target, in nats; NaN for a target that has no logit."""
+    return jax.nn.logsumexp(logits, axis=-1) - _pick(logits, _in_int32(targets))
 
 
 @jax.custom_vjp

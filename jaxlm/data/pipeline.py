@@ -21,6 +21,7 @@ from jaxlm.data.plan import Plan, Rows
 from jaxlm.types import Batch, Static
 
 HostBatch = dict[str, Any]  # of NumPy arrays, and of what is static
+SEGMENTS = 2**16 - 1  # documents in a row: their numbers are uint16, as transferring them takes time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +235,8 @@ def _segments(rows: Rows, to: Int[np.ndarray, " P"]) -> Integer[np.ndarray, "B T
     size, lengths = rows.num_rows * rows.row_length, rows.pieces["length"]
     numbers = 1 + np.arange(len(to)) - np.searchsorted(rows.row, rows.row)
     space = np.append(to, size) - np.append(0, to + lengths)  # before each piece, and after the last
+    if rows.row_length > 2 * SEGMENTS and numbers.max() > SEGMENTS:
+        raise ValueError(f"a row has {numbers.max()} documents, and may have {SEGMENTS}; use shorter rows")
     of_each = np.append(np.stack([0 * to, numbers], axis=1), 0).astype(np.uint16)
     return np.repeat(of_each, np.append(np.stack([space[:-1], lengths], axis=1), space[-1])).reshape(rows.num_rows, -1)
 
@@ -276,6 +279,27 @@ def _is_range(value: Any) -> bool:
     return len(bounds) == 2 and all(type(bound) is int and abs(bound) < 2**31 for bound in bounds)
 
 
+class _Placed:
+    """Batches where they are to lie, for grain, which takes `StopIteration` for the end, and waits for ever once a
+    thread has ended by what is no `Exception`.
+    """
+
+    def __init__(self, batches: Batches, place: Callable[[HostBatch], Batch] | None):
+        self._batches, self._place = batches, place
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        try:
+            batch = self._batches[index]
+            return self._place(batch) if self._place else batch
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                raise
+            raise RuntimeError(f"batch {index} can't be made: {error!r}") from error
+
+
 def iterate(
     batches: Batches, *, start: int = 0, place: Callable[[HostBatch], Batch] | None = None, prefetch: int = 2
 ) -> grain.DatasetIterator[Batch]:
@@ -291,7 +315,7 @@ def iterate(
     """
     # Threads to read with would cost 30 times the reading: the file is memory-mapped.
     reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    dataset = grain.MapDataset.source(batches).to_iter_dataset(reading).map(place or (lambda batch: batch))
+    dataset = grain.MapDataset.source(_Placed(batches, place)).to_iter_dataset(reading)
     iterator = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch))
     iterator.set_state({"next_index": start})
     return iterator

@@ -25,6 +25,7 @@ from jaxlm.stages import Stage
 Lengths = Int[np.ndarray, " D"]
 
 VERSION = 1  # to be raised when the same plan comes to have other batches, as tests/data/test_plan.py will notice
+LONGEST = 2**31  # tokens that no document has, for lengths are int32
 KEPT = 8  # parts whose beginnings are remembered, for going back a little
 _PLANNING = threading.RLock()  # one thread may prepare batches while another evaluates
 
@@ -198,13 +199,18 @@ def make_plan(
     Raises:
         ValueError: a corpus without a document of two tokens, so that there is nothing to predict; a negative seed;
             stages of which one but the last has no end, or whose weights name other corpora; less than one pass, or
-            passes of more than a single stage without end and weights.
+            passes of more than a single stage without end and weights; a document of 2^31 tokens or more.
     """
     named = lengths if isinstance(lengths, Mapping) else {"text": lengths}
     documents: dict[str, Pieces] = {}
     too_short: dict[str, int] = {}
     for source, (name, each) in enumerate(named.items()):
         each = np.asarray(each, np.int64)
+        if (long := each >= LONGEST).any():
+            raise ValueError(
+                f"make_plan: document {int(np.argmax(long))} of {name} has {each[long][0]} tokens; cut it into such of "
+                f"less than {LONGEST}"
+            )
         found = np.empty(len(each), PIECE)
         found["source"], found["length"], found["start"] = source, each, np.cumsum(each) - each
         documents[name] = found[each >= 2]
@@ -275,8 +281,9 @@ def concat(
 ) -> Plan:
     """Each corpus as one long document, cut into rows: none is padded, documents are cut, and rows see across them.
 
-    As nanoGPT, GPT-3 and most others do; for comparison.
+    As nanoGPT, GPT-3 and most others do; for comparison. Beyond 2^30 tokens it is several documents, each as long.
     """
     named = lengths if isinstance(lengths, Mapping) else {"text": lengths}
-    joined = {name: np.array([np.sum(each, dtype=np.int64)]) for name, each in named.items()}
+    totals = {name: int(np.sum(each, dtype=np.int64)) for name, each in named.items()}
+    joined = {name: np.diff([*range(0, total, LONGEST // 2), total]) for name, total in totals.items()}
     return bucket(joined, [row_length], tokens_per_batch, seed, passes=passes)

@@ -100,6 +100,7 @@ def shards(
         if (reader := _reader_of(file.name, readers)) is None:
             continue
         version, size = file.describe()
+        version = f"{version}-{_name_of(reader.read)}"  # what another reader makes of it is something else
         read = functools.partial(_read_file, file.open, file.name, reader.read)
         found.append(Shard(file.name, version, size, functools.partial(_read, file.name, read)))
     if not found:
@@ -135,6 +136,13 @@ def hugging_face(
         size = table.data.nbytes * len(some) // len(table)
         found.append(Shard(label, version, size, functools.partial(_read, label, read)))
     return found
+
+
+def _name_of(part: Any) -> str:
+    """A function by its name, with what it was given first; anything else as Python writes it."""
+    if isinstance(part, functools.partial):
+        return f"{_name_of(part.func)}({', '.join(map(_name_of, part.args))})"
+    return getattr(part, "__qualname__", None) or repr(part)
 
 
 class _File(NamedTuple):

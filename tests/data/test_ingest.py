@@ -182,6 +182,25 @@ def test_another_tokenizer_begins_anew(folder: Path, tmp_path: Path) -> None:
     assert not unfinished(path).exists()
 
 
+def test_what_another_reader_has_read_is_read_again(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "corpus"
+    source.mkdir()
+    for i in range(4):
+        (source / f"{i}.jsonl").write_text(json.dumps({"title": f"wrong {i}", "text": f"right {i}"}) + "\n")
+
+    def shards(field: str) -> list[data.Shard]:
+        return data.shards(source, [data.json_lines(field)])
+
+    def broken() -> Iterator[data.Document]:
+        raise KeyboardInterrupt
+
+    *some, last = shards("title")
+    with pytest.raises(KeyboardInterrupt):
+        data.write_corpus(out, [*some, last._replace(open=broken)], data.ByteTokenizer(), heldout=0.0)
+    data.write_corpus(out, shards("text"), data.ByteTokenizer(), heldout=0.0)
+    assert b"wrong" not in data.open_corpus(out).text(data.ByteTokenizer())
+
+
 def test_a_file_that_has_changed_is_read_again(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "corpus"
     interrupt(path, folder)

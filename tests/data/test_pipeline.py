@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jaxlm import data, sharding
+from jaxlm.data import pipeline
 from jaxlm.data.pipeline import HostBatch
 from jaxlm.stages import Stage
 from jaxlm.types import Batch, Static
@@ -323,6 +324,33 @@ def test_a_plan_for_a_larger_corpus_is_refused(corpus_path: Path, tmp_path: Path
     data.write_corpus(tmp_path / "other", [data.Document("other.txt", b"other")], data.ByteTokenizer(), heldout=0.0)
     with pytest.raises(ValueError, match=r"the plan needs \d+ tokens"):
         data.Batches(data.open_corpus(tmp_path / "other"), batches_of(corpus_path, count=1).plan, 1)
+
+
+class PanicException(BaseException):
+    """As of libraries in Rust."""
+
+
+@pytest.mark.parametrize("error", [StopIteration, IndexError, KeyError, PanicException], ids=lambda e: e.__name__)
+def test_whatever_fails_while_batches_are_prepared_is_an_error(
+    error: type[BaseException], batches: data.Batches
+) -> None:
+    def place(batch: Any) -> Any:
+        if next(count) == 2:
+            raise error
+        return batch
+
+    count = itertools.count()
+    iterator = data.iterate(batches, place=place)
+    next(iterator), next(iterator)
+    with pytest.raises((RuntimeError, IndexError, KeyError)):
+        next(iterator)
+    iterator.close()
+
+
+def test_a_row_of_more_documents_than_have_numbers_is_refused() -> None:
+    plan = data.pack(np.full(70_000, 2), [2**18], 2**18, passes=1)
+    with pytest.raises(ValueError, match="a row has 70000 documents, and may have 65535; use shorter rows"):
+        pipeline._segments(plan.batch(0), plan.batch(0).row * 2**18 + plan.batch(0).at)
 
 
 @pytest.mark.parametrize("given", [0, 1, None])

@@ -292,6 +292,18 @@ def test_refuses(lengths: list[int], options: dict[str, Any], message: str) -> N
         data.make_plan(np.array(lengths, int), stages, data.best_fit, **options)
 
 
+@pytest.mark.parametrize("total", [2**30, 3 * 10**9, 5 * 10**9])
+def test_a_corpus_of_any_size_is_concatenated(total: int) -> None:
+    plan = data.concat(np.array([total - 5, 5]), 2**26, 2**26, passes=1)
+    found = np.sort(np.concatenate([plan.batch(i).pieces for i in range(plan.count or 0)]), order="start")
+    assert found["length"].min() > 1
+    ends = found["start"] + found["length"]
+    assert (found["start"][0], ends[-1]) == (0, total)
+    assert set(found["start"][1:] - ends[:-1]) <= {-1, 0}
+    with pytest.raises(ValueError, match="document 1 of text has 2147483648 tokens; cut it"):
+        data.pack(np.array([5, 2**31]), [8], 64)
+
+
 def test_documents_of_less_than_two_tokens_have_no_row_but_keep_their_place() -> None:
     plan = data.bucket(np.array([0, 1, 3, 0, 1, 2, 1, 0]), [4], 8, passes=1)
     pieces = np.concatenate([rows.pieces for rows in batches_of(plan)])
