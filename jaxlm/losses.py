@@ -63,10 +63,16 @@ def next_token(
         context = {"segments": batch["segments"]} if "segments" in batch else {}
         context |= {"window": batch["window"].value} if "window" in batch else {}
         targets, weights = next_tokens(batch)
+
+        def known(vocab: int) -> Int[Array, "B T"]:
+            """The targets, and no token where the input is none: a model takes that for its last."""
+            return jnp.where(inputs < vocab, targets, inputs)
+
         if chunk is None:
-            loss_sum, metrics = sums(apply(params, inputs, **context).astype(jnp.float32), targets, weights)
+            logits = apply(params, inputs, **context).astype(jnp.float32)
+            loss_sum, metrics = sums(logits, known(logits.shape[-1]), weights)
         else:
-            head = partial(_in_chunks, sums, chunk, targets, weights)
+            head = partial(_in_chunks, sums, chunk, known, weights)
             loss_sum, metrics = apply(params, inputs, head=head, **context)
         return loss_sum, Aux(jnp.sum(weights), metrics)
 
@@ -112,12 +118,13 @@ def _sums(
 def _in_chunks(
     sums: Callable[..., tuple[jax.Array, Metrics]],
     chunk: int,
-    targets: Int[Array, "B T"],
+    targets_of: Callable[[int], Int[Array, "B T"]],
     weights: Float[Array, "B T"],
     hidden: Float[Array, "B T D"],
     matrix: Float[Array, "D V"],
 ) -> tuple[jax.Array, Metrics]:
     """`sums` of the logits `hidden @ matrix`; of metrics there is no gradient."""
+    targets = targets_of(matrix.shape[1])
     tokens = targets.size
     if chunk > tokens:
         raise ValueError(f"next_token: chunk is {chunk}, but a device has {tokens} tokens at a time; use at most these")

@@ -247,9 +247,10 @@ BEYOND = [np.int32(VOCAB), np.int8(-1), np.int32(-100), np.uint32(2**32 - 1)]
 
 @pytest.mark.parametrize("beyond", BEYOND, ids=repr)
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_of_targets_that_are_no_tokens_the_loss_is_undefined(chunk: int | None, beyond: Any):
+def test_of_targets_and_inputs_that_are_no_tokens_the_loss_is_undefined(chunk: int | None, beyond: Any):
     tokens = np.where(np.arange(LENGTH) == 2, beyond, TOKENS.astype(beyond.dtype))
-    assert jnp.isnan(next_token(last_layer, chunk=chunk)(HIDDEN, {"tokens": tokens}, KEY)[0])
+    for batch in ({"tokens": tokens}, {"tokens": TOKENS, "inputs": tokens}):
+        assert jnp.isnan(next_token(last_layer, chunk=chunk)(HIDDEN, batch, KEY)[0])
     assert np.isnan(cross_entropy(jnp.asarray(normal_logits()), jnp.asarray(np.roll(tokens, -1, axis=1)))[0, 1])
 
 
