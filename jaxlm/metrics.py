@@ -20,7 +20,7 @@ import jax
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from jaxlm import files
-from jaxlm.output import say, warn
+from jaxlm.output import UNWRITABLE, say, warn
 
 T = TypeVar("T")
 
@@ -179,7 +179,7 @@ class Log:
         try:
             self.sync()
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*UNWRITABLE):
                 self._progress.stop()
             with contextlib.ExitStack() as stack:
                 for file in self._files:

@@ -139,10 +139,10 @@ def hugging_face(
 
 
 def _name_of(part: Any) -> str:
-    """A function by its name, with what it was given first; anything else as Python writes it."""
+    """A function by its name, with what it was given first; a text as it is, and anything else by its type."""
     if isinstance(part, functools.partial):
-        return f"{_name_of(part.func)}({', '.join(map(_name_of, part.args))})"
-    return getattr(part, "__qualname__", None) or repr(part)
+        return f"{_name_of(part.func)}({', '.join(map(_name_of, (*part.args, *part.keywords.values())))})"
+    return part if isinstance(part, str) else getattr(part, "__qualname__", type(part).__qualname__)
 
 
 class _File(NamedTuple):
