@@ -123,12 +123,12 @@ def main(config: Config) -> None:
         say(*summary, sharding.describe(layout, optimizer, dtype=dtype, microbatches=slices), sep="\n\n")
     start = jax.jit(lambda: train.start(init(init_key), optimizer), out_shardings=layout.state(optimizer))
     like = start.eval_shape()
-    step = train.compile_step(train.make_step(grad_fn, optimizer, step_key), like, batches.specs(by_rows))
+    step = train.with_learning_rate(train.make_step(grad_fn, optimizer, step_key), schedule)
+    step = train.compile_step(step, like, batches.specs(by_rows))
     eval_fn = compile_eval(grads.parallel_loss(loss_fn, layout, dtype=dtype), like.params, unseen.specs(by_rows))
 
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in (*FREE, "name", "text")}
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint, "run": kept}
-    to, rates = folder if first else None, np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
     pauses, keep = range(0, config.steps, config.save_every), 2 + bool(config.spikes) * SPIKE // config.save_every
     saved = checkpoint.Checkpoints(folder / "checkpoints", about, keep=keep)
@@ -155,7 +155,7 @@ def main(config: Config) -> None:
             if glance and done:  # where it was interrupted before it was said
                 checkpoints.score(done, glance["heldout"])
             given = data.iterate(batches, start=done, place=place)
-            with closing(given), metrics.Log(to, done, steps=config.steps) as log:
+            with closing(given), metrics.Log(folder if first else None, done, steps=config.steps) as log:
                 until_told = itertools.takewhile(lambda _: not stop(), log.timed(given))
                 taken = train.fit(step, state, watch.batches(until_told, done))
                 if config.spikes:
@@ -163,7 +163,7 @@ def main(config: Config) -> None:
                     taken = train.stop_at_spikes(taken, done, before=before, deviations=config.spikes)
                 try:
                     for state, measured in taken:
-                        log.write(done + 1, {**measured, "learning_rate": rates[done], **glance})
+                        log.write(done + 1, {**measured, **glance})
                         done, glance = done + 1, {}
                         if done in pauses:
                             watch(f"saving step {done}")

@@ -105,6 +105,25 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
     return step
 
 
+def with_learning_rate(step: Step, schedule: optax.Schedule) -> Step:
+    """The same step with a further metric, `learning_rate`: what the schedule is at where the optimizer has it.
+
+    Steps that were skipped (`optim.skip_nonfinite`, `optim.dynamic_loss_scale`) haven't advanced it.
+
+    Args:
+        step: what `make_step` returns.
+        schedule: the one that the optimizer was given.
+    """
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        count = skipped(state.opt_state)
+        rate = schedule(state.step if count is None else state.step - count)
+        state, metrics = step(state, batch)
+        return state, {**metrics, "learning_rate": jnp.float32(rate)}
+
+    return run
+
+
 def compile_step(
     step: Step,
     state: TrainState,

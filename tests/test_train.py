@@ -15,7 +15,16 @@ from jaxlm.losses import next_token
 from jaxlm.models import functional
 from jaxlm.optim import skip_nonfinite
 from jaxlm.sharding import by_rows, lay_out, mesh, replicated
-from jaxlm.train import LossSpikeError, compile_step, fit, keep_programs, make_step, start, stop_at_spikes
+from jaxlm.train import (
+    LossSpikeError,
+    compile_step,
+    fit,
+    keep_programs,
+    make_step,
+    start,
+    stop_at_spikes,
+    with_learning_rate,
+)
 from jaxlm.types import Aux, Batch, Params, TrainState
 
 KEY = jax.random.key(0)
@@ -256,6 +265,23 @@ def test_a_run_stops_once_so_many_steps_in_a_row_are_not_finite_and_names_them()
         list(fit(step, resumed, batches, patience=2))
     with pytest.raises(ValueError, match="patience is 0"):
         next(fit(step, resumed, [], patience=0))
+
+
+def test_the_learning_rate_is_that_of_the_update_where_steps_were_skipped():
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        return jnp.asarray([0.1, 0.2, 0.3, 0.4])[count]
+
+    optimizer = skip_nonfinite(optax.sgd(schedule))
+    step = with_learning_rate(make_step(jax.value_and_grad(squares, has_aux=True), optimizer, KEY), schedule)
+    state, rates = start({"w": jnp.zeros(3)}, optimizer), []
+    for batch in with_nan_in(linear_batches(4), 1):
+        (gradient, aux), before = jax.grad(squares, has_aux=True)(state.params, batch, KEY), state.params["w"]
+        state, metrics = jax.jit(step)(state, batch)
+        rates.append(float(metrics["learning_rate"]))
+        if len(rates) != 2:
+            moved = (before - state.params["w"]) / (gradient["w"] / aux.weight_sum)
+            np.testing.assert_allclose(moved, rates[-1], rtol=1e-5)
+    np.testing.assert_allclose(rates, [0.1, 0.2, 0.2, 0.3])
 
 
 def test_of_a_population_some_may_diverge():
