@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from states import ABOUT, MODEL, names, same, save, state_at
 
 from jaxlm import checkpoint, fingerprint, models, sharding
-from jaxlm.checkpoint import _folder, _reading
+from jaxlm.checkpoint import _checkpoints, _folder, _reading
 from jaxlm.types import TrainState
 
 
@@ -145,17 +145,41 @@ def test_copies_that_differ_but_for_a_moment_are_not_saved(tmp_path: Path, monke
     assert not names(tmp_path)
 
 
+def other_copy(params: Any) -> Any:
+    """The same parameters, but that one of eight devices has another embedding."""
+    embed = params["embed"]
+    arrays = [shard.data + (shard.device.id == 5) for shard in embed.addressable_shards]
+    return params | {"embed": jax.make_array_from_single_device_arrays(embed.shape, embed.sharding, arrays)}
+
+
+OTHER_COPY = r"(?i)step %s params/embed\[:, :\] on .*cpu.*5 of process 0 isn't what .* 7 other .* Nothing was %s"
+
+
 def test_a_state_of_which_one_device_has_another_copy_is_not_saved(tmp_path: Path) -> None:
     state = jax.device_put(state_at(2), sharding.replicated(sharding.mesh()))
-    embed = state.params["embed"]
-    arrays = [shard.data + (shard.device.id == 5) for shard in embed.addressable_shards]
-    wrong = jax.make_array_from_single_device_arrays(embed.shape, embed.sharding, arrays)
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
         checkpoints.save(jax.device_put(state_at(1), sharding.replicated(sharding.mesh())))
-        with pytest.raises(
-            RuntimeError, match=r"(?i)step 2 params/embed\[:, :\] on .*cpu.*5 of process 0 isn't what .* 7 other"
-        ):
-            checkpoints.save(state._replace(params=state.params | {"embed": wrong}))
+        with pytest.raises(RuntimeError, match=OTHER_COPY % (2, "saved")):
+            checkpoints.save(state._replace(params=other_copy(state.params)))
+    assert names(tmp_path) == ["1"]
+
+
+def test_a_state_of_which_one_device_gets_another_copy_is_not_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = jax.device_put(state_at(1), sharding.replicated(sharding.mesh()))
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        load = _checkpoints.load
+
+        def load_wrongly(*given: Any) -> Any:
+            loaded = load(*given)
+            return {**loaded, "params": other_copy(loaded["params"])}
+
+        monkeypatch.setattr(_checkpoints, "load", load_wrongly)
+        with pytest.raises(RuntimeError, match=OTHER_COPY % (1, "restored")):
+            checkpoints.restore(state)
     assert names(tmp_path) == ["1"]
 
 

@@ -124,7 +124,7 @@ class Checkpoints:
                 )
             return
         parts = _parts(state)
-        check_copies(step, parts)
+        check_copies("save", step, parts)
 
         def prepare() -> None:
             after()
@@ -254,7 +254,8 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is `about` something else, or holds other leaves, shapes or dtypes than `like`;
                 the first difference is named.
-            RuntimeError: there are checkpoints, but none that isn't damaged.
+            RuntimeError: there are checkpoints, but none that isn't damaged; or copies on several devices differ, as in
+                `save`.
         """
         self._settle()
         parts = _parts(like)
@@ -274,8 +275,9 @@ class Checkpoints:
                 what = "is damaged and not used" if loaded is None else "is whole at the second reading; at the first"
                 report_damage(step, damage, what)
             if loaded is not None:
-                self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
                 compile_ahead(loaded)
+                check_copies("restore", step, loaded)
+                self._steps = set(distributed.by_first(lambda: self._set_aside(damaged)))
                 return TrainState(params=loaded["params"], **loaded["rest"])
             damaged.append(step)
         names = [*map(str, damaged), *distributed.by_first(lambda: _folder.aside(self._folder))]
@@ -295,6 +297,7 @@ class Checkpoints:
         damage = next(filter(None, distributed.exchange(damage)), None)
         if loaded is not None and damage is None:
             _, damage = or_damage(check, manifest, loaded)  # a collective, which all reach or none
+            damage = next(filter(None, distributed.exchange(damage)), None)  # each has looked at its own copy
         return (loaded if damage is None else None), damage
 
     def rewind(self, step: int) -> int:

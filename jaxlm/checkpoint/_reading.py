@@ -170,8 +170,8 @@ def check(manifest: Json, loaded: Json) -> None:
             raise DamagedError(f"{name} has the fingerprint {found}, and had {saved} when it was saved")
 
 
-def check_copies(step: int, parts: Json) -> None:
-    """That what several devices hold is the same on all. All processes must call it."""
+def check_copies(to: str, step: int, parts: Json) -> None:
+    """That what several devices hold is the same on all, `to` save or restore it. All processes must call it."""
     if copies_agree(parts):
         return
     having: dict[str, dict[str, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -183,12 +183,12 @@ def check_copies(step: int, parts: Json) -> None:
         if len(prints) > 1:
             fewest, *others = sorted(prints.values(), key=len)
             raise RuntimeError(
-                f"save: at step {step} {part} on {', '.join(fewest[:4])} isn't what it is on {sum(map(len, others))} "
-                "other devices. Nothing was saved: leave out what errs, and go on from the checkpoint before"
+                f"{to}: at step {step} {part} on {', '.join(fewest[:4])} isn't what it is on {sum(map(len, others))} "
+                f"other devices. Nothing was {to}d: leave out what errs, and go on from the newest checkpoint"
             )
     raise RuntimeError(
-        f"save: at step {step} devices differed in what several of them hold, and a moment later did not: one errs now "
-        "and then. Nothing was saved: find it (a test of the hardware), and go on from the checkpoint before"
+        f"{to}: at step {step} devices differed in what several of them hold, and a moment later did not: one errs now "
+        f"and then. Nothing was {to}d: find it (a test of the hardware), and go on from the newest checkpoint"
     )
 
 

@@ -1,9 +1,9 @@
 """What each of two processes does: HOST:PORT, how many, which, a folder, what happens.
 
-`damaged`: they save, a checkpoint is damaged, they restore. `full`: there is no room for one, then there is. `fails
-ERROR`: the system fails one of them in the middle of a save. `differs`: one of them has another copy of what is
-replicated. `often`: they save and exchange something in turn. `call PROCESS NUMBER ERROR`: the system fails that
-process so at that call of its save (0: SIGKILL); needs shim.c.
+`damaged`: they save, a checkpoint is damaged, they restore. `misread TIMES`: one of them reads it wrong so often.
+`full`: there is no room for one, then there is. `fails ERROR`: the system fails one of them in the middle of a save.
+`differs`: one of them has another copy of what is replicated. `often`: they save and exchange something in turn.
+`call PROCESS NUMBER ERROR`: the system fails that process so at that call of its save (0: SIGKILL); needs shim.c.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm import checkpoint, distributed, files, sharding
+from jaxlm.checkpoint import _checkpoints
 from jaxlm.fingerprint import fingerprints
 from jaxlm.types import TrainState
 
@@ -30,6 +32,12 @@ def state_at(step: int, mesh: jax.sharding.Mesh) -> TrainState:
 
     whole, divided = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
     return jax.jit(make, out_shardings=TrainState(whole, {"w": divided}, {"m": divided}))()
+
+
+def changed(x: jax.Array, on: jax.Device | None = None) -> jax.Array:
+    """The same array, but for a number on this device, or on all of this process."""
+    arrays = [shard.data.at[3, 5].add(on in (None, shard.device)) for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, arrays)
 
 
 def full(path: Path) -> None:
@@ -58,11 +66,8 @@ def fails(path: Path, code: str) -> None:
 def differs(path: Path) -> None:
     mesh = sharding.mesh()
     state = jax.device_put(state_at(1, mesh), sharding.replicated(mesh))
-    w = state.params["w"]
-    arrays = [shard.data.at[3, 5].add(shard.device.id == jax.devices()[-1].id) for shard in w.addressable_shards]
-    wrong = jax.make_array_from_single_device_arrays(w.shape, w.sharding, arrays)
     with checkpoint.Checkpoints(path, {}) as checkpoints:
-        checkpoints.save(state._replace(params={"w": wrong}))
+        checkpoints.save(state._replace(params={"w": changed(state.params["w"], jax.devices()[-1])}))
 
 
 def call(path: Path, victim: str, number: str, error: str) -> None:
@@ -78,6 +83,22 @@ def call(path: Path, victim: str, number: str, error: str) -> None:
         shim.fault(b"", ctypes.c_long(0), ctypes.c_long(0), 0, -1)
         checkpoints.save(state_at(3, mesh))
     print(json.dumps([saved, calls]))
+
+
+def misread(path: Path, times: str) -> None:
+    """Nothing is wrong with what lies on the disk, nor with what one of them has read."""
+    mesh, load, left = sharding.mesh(), _checkpoints.load, iter(range(0 if distributed.first() else int(times)))
+
+    def wrongly(*given: Any) -> Any:
+        loaded = load(*given)
+        return loaded if next(left, None) is None else {**loaded, "params": {"w": changed(loaded["params"]["w"])}}
+
+    with checkpoint.Checkpoints(path, {}) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(jax.device_put(state_at(step, mesh), sharding.replicated(mesh)))
+        with mock.patch.object(_checkpoints, "load", wrongly):
+            state = checkpoints.restore(jax.device_put(state_at(0, mesh), sharding.replicated(mesh)))
+        print(json.dumps([state and int(state.step), sorted(file.name for file in path.iterdir())]))
 
 
 def damaged(path: Path) -> None:
@@ -113,7 +134,7 @@ def often(path: Path) -> None:
 
 def main(where: str, processes: str, process: str, folder: str, what: str, *about: str) -> None:
     distributed.start((where, int(processes), int(process)))
-    does = {"damaged": damaged, "full": full, "fails": fails, "differs": differs, "often": often, "call": call}
+    does = {f.__name__: f for f in (damaged, misread, full, fails, differs, often, call)}
     with distributed.leaving_together():
         does[what](Path(folder), *about)
 

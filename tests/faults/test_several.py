@@ -60,6 +60,22 @@ def test_two_processes_agree_on_the_older_one(tmp_path: Path) -> None:
     assert "damaged" not in second
 
 
+@pytest.mark.parametrize(
+    ("times", "step", "left", "what"),
+    [
+        (1, 2, [".lock", "1", "2"], "is whole at the second reading; at the first"),
+        (2, 1, [".lock", "1", "2.damaged-1"], "is damaged and not used"),
+    ],
+)
+def test_what_one_process_reads_wrong_all_read_again_or_leave(
+    times: int, step: int, left: list[str], what: str, tmp_path: Path
+) -> None:
+    codes, ended = end_of_two(tmp_path / "checkpoints", "misread", str(times))
+    assert codes == [0, 0], ended
+    assert [said(out) for out, _ in ended] == [[[step, left]]] * 2
+    assert f"checkpoint 2 {what}: params/w has the fingerprint" in ended[0][1]
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_where_there_is_no_room(tmp_path: Path) -> None:
     codes, ended = end_of_two(tmp_path / "checkpoints", "full")
