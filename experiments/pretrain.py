@@ -17,7 +17,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 
@@ -85,13 +84,14 @@ def main(config: Config) -> None:
         folder = Path(by_first(tempfile.mkdtemp)) / "smoke"
     if min(counts := (config.steps, config.save_every, config.tokens_per_batch)) < 1:
         raise ValueError(f"steps, save-every and tokens-per-batch are {counts}; each must be 1 or more")
+    if debug is not None and not 1 <= debug <= config.steps:
+        raise ValueError(f"debug-nans is {debug}; use one of the run's steps, 1 to {config.steps}")
     by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__, free=FREE)))
     train.keep_programs()
     home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
     texts = data.python_library if config.text is None else partial(data.text_files, config.text)
     path = by_first(lambda: str(data.cached_corpus(home, texts, data.ByteTokenizer(), heldout=config.heldout)))
-    corpus, heldout = data.open_corpus(path), data.open_corpus(path, "heldout")
-    tokenizer = data.tokenizer_of(path)
+    corpus, heldout, tokenizer = data.open_corpus(path), data.open_corpus(path, "heldout"), data.tokenizer_of(path)
     cpu, mesh, warmup = jax.default_backend() == "cpu", sharding.mesh(*config.mesh), config.steps // 20
     by_rows, rows = sharding.by_rows(mesh), (config.row_lengths, config.tokens_per_batch, config.seed)
     share, place = sharding.share(by_rows), partial(sharding.place, rows=by_rows)
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
     pauses, keep = range(0, config.steps, config.save_every), 2 + bool(config.spikes) * SPIKE // config.save_every
     saved = checkpoint.Checkpoints(folder / "checkpoints", about, keep=keep)
-    with watching(folder / f"stacks-{jax.process_index()}.txt", seconds=np.inf if debug else config.patience) as watch:
+    with watching(folder / f"stacks-{jax.process_index()}.txt", seconds=jnp.inf if debug else config.patience) as watch:
 
         def bits_per_byte(params: object, count: int) -> float:
             some = watch.each("evaluating on held-out batch", range(min(count, len(unseen))))
@@ -145,7 +145,7 @@ def main(config: Config) -> None:
                 state, _ = step(state, place(batches[i]))
             batch = dataclasses.replace(batches, share=((0,), 1))[debug - 1]
             found = first_nan(alone, sharding.to_host(state.params), batch, jax.random.fold_in(step_key, debug - 1))
-            say(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}")
+            by_first(lambda: say(f"Step {debug}, which takes batch {batches.planned(debug - 1)}: {found or 'no NaN'}"))
             return
         with distributed.stop_signals() as stop, saved as checkpoints:
             state = checkpoints.restore(like, watch=watch) or start()

@@ -8,7 +8,7 @@ import re
 import socket
 import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO, cast
 
@@ -35,20 +35,28 @@ _HELD: dict[tuple[int, Path], tuple[int, int]] = {}
 
 SECRETS: Final = (
     re.compile(r"(://)(?:[^/\s\"']+|[^/\s\"':]*:(?!\d+/)[^\s\"']+)(?=@)"),
-    re.compile(r"([?&][^=&\s\"']*(?:key|token|secret|sig|password|credential)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE),
+    re.compile(
+        r"([?&;#][^=&;#\s\"']*(?:key|token|secret|sig|password|credential|auth(?!or))[^=&;#\s\"']*=)[^&;#\s\"']+",
+        re.IGNORECASE,
+    ),
 )
 """Of URLs: users and passwords, which may hold a slash, and parameters that stand for them."""
 
 
-def redacted(text: str) -> str:
-    """A text without the users, passwords and tokens of the URLs in it.
+def redacted(said: Any) -> Any:
+    """A text, or JSON with all texts in it, without the users, passwords and tokens of the URLs there.
 
     >>> redacted("s3://me:hush@host/x?X-Amz-Signature=hush&part=2")
     's3://...@host/x?X-Amz-Signature=...&part=2'
     """
-    for secret in SECRETS:
-        text = secret.sub(r"\1...", text)
-    return text
+    if isinstance(said, Mapping):
+        return {redacted(name): redacted(value) for name, value in cast(Mapping[Any, Any], said).items()}
+    if isinstance(said, list | tuple):
+        return [redacted(value) for value in cast(Sequence[Any], said)]
+    if isinstance(said, str):
+        for secret in SECRETS:
+            said = secret.sub(r"\1...", said)
+    return said
 
 
 def within(folder: Path, name: str) -> Path:

@@ -60,7 +60,7 @@ def open_run(
         OSError: the disk is full or can't be written to.
     """
     folder = Path(folder)
-    config = json.loads(files.redacted(json.dumps(config)))
+    config = json.loads(json.dumps(files.redacted(config)))
     folder.mkdir(parents=True, exist_ok=True)
     files.lock(folder)
     begun = any(files.exists(folder / name) for name in ("metrics.jsonl", "checkpoints"))
@@ -123,7 +123,7 @@ def provenance(**about: Any) -> dict[str, Any]:
     devices = [jax.devices()[0].device_kind, len(jax.devices())]
     versions = {"python": platform.python_version(), **packages, "machine": platform.machine(), "devices": devices}
     found = {"command": shlex.join(sys.argv), "sources": _hash_of_sources(), **about, **versions}
-    return json.loads(files.redacted(json.dumps(found)))
+    return json.loads(json.dumps(files.redacted(found)))
 
 
 class Log:

@@ -9,6 +9,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 CALLED: Final = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 """The parameters of operations that hold a function to call."""
+WHOLE: Final = "scan", "shard_map", "pallas_call"
+"""Operations that aren't looked into in `_evaluate`, though they hold such a function."""
 OURS: Final = ("/jax/", "/jaxlib/")
 """Parts of the paths of JAX's own files, which say nothing about where a user's line is."""
 
@@ -20,12 +22,13 @@ def first_nan(function: Callable[..., Any], *arguments: Any) -> str | None:
     leaves out comes first, that is what is found: its gradient may be the NaN in the results.
 
     Args:
-        function: pure, such as `jax.value_and_grad(...)`. What it calls in `jax.shard_map` counts as one operation.
+        function: pure, such as `jax.value_and_grad(...)`. What it calls in `jax.shard_map`, `jax.lax.while_loop` and
+            `cond`, or in a kernel of Pallas's, counts as one operation.
         arguments: what to call it with.
 
     Returns:
-        The operation, the iterations of the loops that it is in, and the line of the program that asked for it, as in
-        "log, iteration 3 of 12, model.py:50".
+        The operation, the iterations of the loops (`jax.lax.scan`) that it is in, and the line of the program that
+        asked for it, as in "log, iteration 3 of 12, model.py:50".
 
     >>> first_nan(lambda x: jnp.sum(jnp.sqrt(x)), jnp.array([1.0, -1.0])).partition(",")[0]
     'sqrt'
@@ -97,9 +100,9 @@ def _evaluate(
     for operation in jaxpr.eqns:
         inputs, before = _columns(map(read, operation.invars))
         name = operation.primitive.name
-        called = next((operation.params[x] for x in CALLED if x in operation.params), None)
-        if called is not None and name not in ("scan", "shard_map"):
-            inner = called if isinstance(called, ClosedJaxpr) else ClosedJaxpr(called, ())
+        inner = next((operation.params[x] for x in CALLED if x in operation.params), None)
+        if inner is not None and name not in WHOLE and _takes(inner, inputs):
+            inner = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
             outputs, after = _evaluate(inner, inputs, before, note)
         else:
             parameters = operation.primitive.get_bind_params(operation.params)
@@ -109,6 +112,12 @@ def _evaluate(
             note(operation, _any(after) & ~_any(before), inputs)
         known |= zip(operation.outvars, zip(outputs, after, strict=True), strict=True)
     return _columns(map(read, jaxpr.outvars))
+
+
+def _takes(program: Any, values: Sequence[Any]) -> bool:
+    """Whether it is called with just these, as that of a kernel, which is called with parts of them, isn't."""
+    avals = program.in_avals if isinstance(program, ClosedJaxpr) else [x.aval for x in program.invars]
+    return [(x.shape, x.dtype) for x in map(jax.typeof, values)] == [(x.shape, x.dtype) for x in avals]
 
 
 def _columns(pairs: Iterable[tuple[Any, jax.Array]]) -> tuple[list[Any], list[jax.Array]]:

@@ -165,7 +165,15 @@ def test_nothing_is_written_through_links_in_a_folder_from_elsewhere(name: str, 
         ("https://host/a@b", "https://host/a@b"),
         ("https://host:8080/a@b", "https://host:8080/a@b"),
         ("https://host?token=hush&part=2", "https://host?token=...&part=2"),
+        ("https://host/x#access_token=hush", "https://host/x#access_token=..."),
+        ("https://host/x;Password=hush;part=2?auth=hush", "https://host/x;Password=...;part=2?auth=..."),
+        ("https://host/x?author=me", "https://host/x?author=me"),
+        ('"s3://host?token=\\"', '"s3://host?token=..."'),
     ],
 )
 def test_secrets_of_urls_are_left_out_and_nothing_else(text: str, without: str) -> None:
     assert files.redacted(text) == without
+    assert files.redacted({"a": [text, 1], "b": (None, {"c": text})}) == {
+        "a": [without, 1],
+        "b": [None, {"c": without}],
+    }

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from jaxlm.nans import first_nan
 
@@ -69,6 +70,31 @@ def test_in_what_is_called(wrap: Any) -> None:
 
     found = first_nan(lambda x: wrap(root)(x) + 1, jnp.array([1.0, -1.0]))
     assert found == f"sqrt, {line_of(root, 'jnp.sqrt')}"
+
+
+def test_in_a_kernel() -> None:
+    def kernel(x: Any, y: Any) -> None:
+        y[:] = jnp.log(x[:])
+
+    def loss(x: jax.Array) -> jax.Array:
+        shape, block = jax.ShapeDtypeStruct(x.shape, x.dtype), pl.BlockSpec((4,), lambda i: (i,))
+        logs = pl.pallas_call(kernel, shape, grid=(2,), in_specs=[block], out_specs=block, interpret=True)(x)
+        return jnp.sum(jnp.sqrt(logs))
+
+    assert first_nan(loss, jnp.arange(8.0) + 1) is None
+    for x, operation in ((jnp.arange(8.0) - 1, "pallas_call"), (jnp.arange(8.0) + 0.5, "sqrt")):
+        found = first_nan(loss, x)
+        assert found is not None
+        assert found.startswith(f"{operation}, ")
+        assert __file__ in found
+
+
+def test_in_a_reduction_of_our_own() -> None:
+    def largest(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce((x, -x), (x[0], -x[0]), lambda a, b: (jnp.maximum(a[0], b[0]), jnp.sqrt(b[1])), (0,))[1]
+
+    found = first_nan(largest, jnp.array([1.0, 2.0]))
+    assert found == f"reduce, {line_of(largest, 'reduce')}"
 
 
 def test_an_argument_that_is_one_already() -> None:

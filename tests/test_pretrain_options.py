@@ -73,6 +73,8 @@ def test_each_option_is_held_to_or_may_change(pretrain: ModuleType, tmp_path: Pa
         ({"row_lengths": (1,)}, r"row lengths \[1\]"),
         ({"save_every": 0}, "each must be 1 or more"),
         ({"steps": 0}, "each must be 1 or more"),
+        ({"debug_nans": 0}, "debug-nans is 0; use one of the run's steps, 1 to 1000"),
+        ({"debug_nans": 1001}, "debug-nans is 1001"),
     ],
     ids=str,
 )

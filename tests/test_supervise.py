@@ -56,11 +56,11 @@ def test_a_signal_while_the_run_is_being_started_is_passed_on(tmp_path: Path, mo
             super().__init__(*given, **options)
 
     monkeypatch.setattr(subprocess, "Popen", Slow)
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         code = runpy.run_path(str(SCRIPT))["supervise"](tmp_path, ["sleep", "100"])
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
     assert code == 128 + signal.SIGTERM
 
@@ -88,14 +88,15 @@ def test_a_run_is_started_again_as_long_as_it_gets_on(
     assert ("without a new checkpoint" in stderr) == (code in (75, 137))
 
 
-def test_a_signal_is_passed_on_and_nothing_is_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_nothing_is_started_again(number: signal.Signals, tmp_path: Path) -> None:
     process = supervise(tmp_path, "waits")
     deadline = time.monotonic() + 30
     while not (tmp_path / "start-0").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.3)  # for its handler
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 75, stderr
     assert len(list(tmp_path.glob("start-*"))) == 1

@@ -146,6 +146,35 @@ def test_options_that_change_something_are_caught(make: Make, failures: Any) -> 
     assert found == {"drops the mask": "gradient of embed", "another constant": "gradient of embed"}
 
 
+def test_a_leaf_that_is_nothing_but_rounding_hides_nothing(make: Make, failures: Any) -> None:
+    def with_shift(slope: float = 0.0, **options: Any) -> Any:
+        """Softmax cancels what is added to all of its scores, as the bias of keys in attention is."""
+        init, apply = model(**options)
+
+        def shifted(params: Params, *given: Any, **options: Any) -> jax.Array:
+            shift, values = params["shift"], jnp.arange(8, dtype=params["shift"].dtype)
+            mean = jax.nn.softmax(values / 4 + shift) @ values + slope * (shift - jax.lax.stop_gradient(shift))
+            return apply(params, *given, **options) * mean / 4
+
+        return lambda key: {**init(key), "shift": jnp.full((), 0.1)}, shifted
+
+    options = {"twice": {"factor": 2.0}, "another slope": {"slope": 1e-3}, "same": {}}
+    contract = make(model=with_shift, optimizer=optax.adam(1e-3), model_options=options)
+    found = failures(contract, "4 microbatches", *ZERO[:2], *options, "float16 with loss scaling")
+    assert found == {"twice": "gradient of embed", "another slope": "gradient of shift"}
+
+
+def test_a_run_that_overflows_fails(make: Make, failures: Any) -> None:
+    init, apply = model()
+
+    def large(*given: Any, **options: Any) -> jax.Array:
+        return jnp.log(jnp.exp(apply(*given, **options) + 12))
+
+    found = failures(make(model=lambda: (init, large)), "4 microbatches", "float16 with loss scaling")
+    assert [*found] == ["float16 with loss scaling"]
+    assert found["float16 with loss scaling"].startswith("fit: the loss or gradient of steps 1 to 20 is")
+
+
 def test_an_optimizer_that_looks_at_its_part_alone_is_caught(make: Make, failures: Any) -> None:
     def clip(layout: sharding.Layout | None) -> optax.GradientTransformation:
         def clipped(updates: Any) -> Any:
@@ -209,7 +238,8 @@ def test_exact_is_every_bit_and_nan_is_never_the_same() -> None:
         return _check.Run([1.0], leaves, leaves, leaves)
 
     def first(found: _check.Run, allowed: float) -> str | None:
-        return _check._compare("", found, run(1), dict.fromkeys(_check.QUANTITIES, allowed), "").first
+        of_each = {quantity: {"a": allowed, "b": allowed} for quantity in _check.QUANTITIES}
+        return _check._compare("", found, run(1), of_each if allowed else {}, "").first
 
     assert first(run(1), 0.0) is None
     assert first(run(np.nextafter(1, 2)), 0.0) == "gradient of b"

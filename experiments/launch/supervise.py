@@ -6,7 +6,8 @@ On several machines start it on each, or let SLURM or Kubernetes do the same (do
 
 A run that exits with 0 is done. With 75, or ended by a signal, it is started again; with anything else it failed with
 an error that it would meet again. Three starts in a row without a new checkpoint end it too, and the waits between
-them grow. A signal to this program is passed on, and the run then not started again.
+them grow. A signal to this program is passed on, and the run then not started again; that of a terminal which is closed
+(SIGHUP) as SIGTERM, unless nohup keeps it away.
 """
 
 import contextlib
@@ -39,13 +40,15 @@ def supervise(run: Path, command: list[str]) -> int:
 
     def pass_on(number: int, frame: Any) -> None:
         del frame
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         asked.append(number)
         if child is not None:
             passed.append(number)
             child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, pass_on)
     fruitless, before, starts = 0, newest(run), 0
     while True:
         child, starts = subprocess.Popen(command, start_new_session=True), starts + 1
