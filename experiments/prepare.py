@@ -83,7 +83,8 @@ def main(config: Config) -> None:
         names = ("heldout", "drop_duplicates", "skip_unreadable", "workers")
         options = {name: getattr(config, name) for name in names}
         data.write_corpus(config.out, shards, tokenizer, progress=tell, **options)
-    print(summary(data.open_corpus(config.out), time.monotonic() - begun))
+    found = summary(data.open_corpus(config.out), time.monotonic() - begun)
+    print(found.encode(errors="backslashreplace").decode())  # names of files needn't be UTF-8
 
 
 def shards_of(path: str, config: Config) -> list[data.Shard]:

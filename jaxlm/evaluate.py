@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+from jaxlm import tree
 from jaxlm.compiled import Compiled, compile_for
 from jaxlm.types import Aux, Batch, LossFn, Params
 
@@ -39,9 +40,15 @@ def evaluate(
         `loss`, the loss function's metrics, and `weight`, the number of tokens that they are averages over.
 
     Raises:
-        ValueError: no batch, or none with a predicted token.
+        ValueError: no batch, or none with a predicted token; or one of NumPy's has integers beyond 32 bits, which JAX
+            would cut off.
     """
-    found: list[tuple[jax.Array, Aux]] = jax.device_get([eval_fn(params, batch) for batch in batches])
+
+    def loss_of(batch: Batch) -> tuple[jax.Array, Aux]:
+        tree.check_integers(batch)
+        return eval_fn(params, batch)
+
+    found: list[tuple[jax.Array, Aux]] = jax.device_get([*map(loss_of, batches)])
     weight = math.fsum(aux.weight_sum for _, aux in found)
     if not weight:
         raise ValueError("evaluate: no token to predict in any batch")

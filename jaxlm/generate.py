@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Integer
 
 from jaxlm.checkpoint import load_params
@@ -17,11 +18,10 @@ from jaxlm.tree import named_leaves
 from jaxlm.types import Params
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length", "mask"))
 def generate(
     config: TransformerConfig,
     params: Params,
-    prompt: Integer[Array, "B T"],
+    prompt: Integer[Array | np.ndarray, "B T"],
     key: jax.Array,
     *,
     length: int,
@@ -43,10 +43,27 @@ def generate(
         The drawn ids, int32.
 
     Raises:
-        ValueError: a length below 1.
+        ValueError: a length below 1, or an id in the prompt that the model doesn't know.
     """
     if length < 1:
         raise ValueError(f"generate: length is {length}; use 1 or more")
+    if not isinstance(prompt, Tracer):
+        ids = np.asarray(prompt)
+        if (wrong := ids[(ids < 0) | (ids >= config.vocab)]).size:
+            raise ValueError(f"generate: the prompt has the id {wrong[0]}; the model knows those below {config.vocab}")
+    return _generate(config, params, prompt, key, length, temperature, mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 6))
+def _generate(
+    config: TransformerConfig,
+    params: Params,
+    prompt: Integer[Array, "B T"],
+    key: jax.Array,
+    length: int,
+    temperature: float | Float[Array, ""],
+    mask: masks.Mask,
+) -> Integer[Array, "B length"]:
     _, apply = transformer(config, mask=mask)
     rows, prompt_length = prompt.shape
     cache = empty_cache(config, rows, prompt_length + length, params["embed"].dtype)

@@ -188,7 +188,7 @@ def next_tokens(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
         weights = (segments == jnp.roll(segments, -1, axis=1)) & (segments > 0) & (position < last)
     else:
         lengths = batch["lengths"][:, None] if "lengths" in batch else jnp.full((tokens.shape[0], 1), last + 1)
-        weights = position + 1 < lengths
+        weights = (position + 1 < lengths) & (position < last)
     return jnp.roll(tokens, -1, axis=1), weights.astype(jnp.float32)
 
 

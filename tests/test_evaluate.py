@@ -46,6 +46,11 @@ def test_nothing_to_average_is_refused(batches: list[dict[str, np.ndarray]]):
         evaluate(jax.jit(eval_fn), PARAMS, batches)
 
 
+def test_ids_that_jax_would_cut_off_are_refused():
+    with pytest.raises(ValueError, match="tokens has 8589934594, of which JAX would make 2"):
+        evaluate(jax.jit(eval_fn), PARAMS, [BATCHES[0], {"tokens": np.array([[1, 2**33 + 2, 3]])}])
+
+
 def test_evaluation_draws_the_same_every_time():
     def noise(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
         del params, batch

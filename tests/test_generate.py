@@ -30,6 +30,12 @@ def test_the_likeliest_tokens_are_those_found_without_a_cache(params: dict[str, 
     np.testing.assert_array_equal(drawn, text[:, 5:])
 
 
+@pytest.mark.parametrize("wrong", [-1, CONFIG.vocab, 2**33 + 66])
+def test_a_prompt_of_ids_that_the_model_does_not_know_is_refused(params: dict[str, jax.Array], wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"prompt has the id {wrong}; the model knows those below 258"):
+        generate.generate(CONFIG, params, np.array([[1, wrong]]), jax.random.key(0), length=1)
+
+
 def test_draws_follow_the_distribution_at_the_temperature(params: dict[str, jax.Array]) -> None:
     prompt = jnp.tile(jnp.asarray([[3, 1, 4]]), (20_000, 1))
     drawn = generate.generate(CONFIG, params, prompt, jax.random.key(0), length=1, temperature=0.5)

@@ -83,6 +83,11 @@ def test_padding_alone_has_no_loss_and_no_gradient(padding: dict[str, np.ndarray
     np.testing.assert_array_equal(grads, np.zeros_like(grads))
 
 
+def test_lengths_of_documents_that_were_cut_off_are_those_of_their_rows():
+    found, expected = (next_tokens({"tokens": TOKENS, "lengths": np.array(x)})[1] for x in ([9, 6, 2, 0], [6, 6, 2, 0]))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_rows_of_one_token_have_no_loss():
     (loss_sum, aux), _ = sums_and_gradient(np.zeros((ROWS, 1, VOCAB), np.float32), {"tokens": TOKENS[:, :1]}, KEY)
     assert (loss_sum, aux.weight_sum) == (0, 0)

@@ -132,9 +132,14 @@ class Corpus:
         such = f"{not_utf8}, such as {names[0]}" if names else "none"
         return f"{counts['documents']:,} documents, {counts['bytes']:,} bytes (not UTF-8: {such})"
 
-    def text(self, tokenizer: Tokenizer) -> bytes:
-        """All documents decoded, one after another."""
-        return b"".join(tokenizer.decode(self[i]) for i in range(len(self)))
+    def text(self, tokenizer: Tokenizer, *, most: int | None = None) -> bytes:
+        """All documents decoded, one after another; or the first so many bytes of them."""
+        found = bytearray()
+        for i in range(len(self)):
+            if most is not None and len(found) >= most:
+                break
+            found += tokenizer.decode(self[i])
+        return bytes(found[:most])
 
     def check(self, begins: Int[np.ndarray, " N"], ends: Int[np.ndarray, " N"]) -> None:
         """Holds all blocks in which these tokens are against their checksums, each once for as long as this is open.

@@ -188,6 +188,9 @@ def _write_part(folder: Path, tokenizer: Tokenizer, skip_unreadable: bool, group
         manifest = _write_documents(written, tokenizer, skip_unreadable, group)
         files.write_whole(written / "manifest.json", json.dumps({**manifest, "checksum": _checksum(written, manifest)}))
         written.rename(part)
+    except OSError:
+        if not _is_whole(part):  # else another worker has written it, where the same shards are given twice
+            raise
     finally:
         shutil.rmtree(written, ignore_errors=True)
     return part
@@ -278,13 +281,8 @@ def _checked(ids: Integer[np.ndarray, " T"], tokenizer: Tokenizer, name: str) ->
 def _join(folder: Path, parts: list[Path], tokenizer: Tokenizer, heldout: float, drop_duplicates: bool) -> None:
     """Writes the files of a corpus from its parts."""
     manifests = [_manifest(part) for part in parts]
-    total = {
-        name: sum(manifest[name] for manifest in manifests) for name in ("documents", "empty", "not_utf8", "unreadable")
-    }
-    names = {
-        name: [each for manifest in manifests for each in manifest[name]][:NAMED]
-        for name in ("not_utf8_names", "unreadable_names")
-    }
+    total = {name: sum(m[name] for m in manifests) for name in ("documents", "empty", "not_utf8", "unreadable")}
+    names = {name: [x for m in manifests for x in m[name]][:NAMED] for name in ("not_utf8_names", "unreadable_names")}
     parts = [part for part, manifest in zip(parts, manifests, strict=True) if manifest["tokens"]]
     copies, repeated = _repeated(parts)
     taken = np.zeros(len(repeated), np.bool_)

@@ -182,7 +182,8 @@ def _draw(plan: Recipe, start: Start, tokens: float) -> tuple[Pieces, tuple[int,
         while gave[source] < wanted and taken[source] != (plan.passes or -1) * len(documents):
             epoch, first = divmod(taken[source], len(documents))
             order, ends = _epoch(plan, source, epoch)
-            end = min(int(np.searchsorted(ends[1:], ends[first] + wanted - gave[source])) + 1, len(documents))
+            last = int(np.searchsorted(ends[1:], ends[first] + wanted - gave[source]))
+            end = max(first, min(last, len(documents) - 1)) + 1  # rounding may leave nothing of what is wanted
             found.append(documents[order[first:end]])
             gave[source] += int(ends[end] - ends[first])
             taken[source] += end - first

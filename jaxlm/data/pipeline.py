@@ -32,8 +32,8 @@ class Batches:
     the tokens in the corpus' dtype. Targets and positions follow from these, and are made on the device.
 
     Raises:
-        ValueError: no count for an endless plan, or one beyond the plan's end; corpora that aren't the plan's, or of
-            different tokenizers; a share that there isn't.
+        ValueError: no count for an endless plan, or one beyond the plan's end; corpora of other names than the
+            plan's, with fewer tokens, or of different tokenizers; a share that there isn't.
     """
 
     corpora: Corpus | Mapping[str, Corpus]

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
-from jaxlm.data.text import LARGEST_DOCUMENT, Document, refuse_link_out
-from jaxlm.files import LARGEST, fail, redacted
+from jaxlm.data.text import LARGEST_DOCUMENT, Document, files_below, refuse_link_out
+from jaxlm.files import LARGEST, redacted
 from jaxlm.optional import optional
 
 Stream = Any  # a file opened for reading bytes: a BinaryIO, but what gzip and fsspec give is none to the letter
@@ -84,7 +84,7 @@ def shards(
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: no file has one of the suffixes, or a file that does isn't in the folder: its name leaves it, or
-            it is a link out of it.
+            it, or a folder there, is a link out of it or to nothing.
 
     >>> import tempfile, pathlib
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -160,12 +160,9 @@ def _local_files(path: str, leave_out: Collection[str]) -> Iterator[_File]:
         yield _File(root.name, functools.partial(_describe_local, root), functools.partial(open, root, "rb"))
         return
     inside = root.resolve()
-    for parent, folders, files in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if name not in leave_out]
-        for name in files:
-            file = Path(parent, name)
-            describe, opened = functools.partial(_describe_local, file, inside), functools.partial(open, file, "rb")
-            yield _File(file.relative_to(root).as_posix(), describe, opened)
+    for file in files_below(root, leave_out):
+        describe, opened = functools.partial(_describe_local, file, inside), functools.partial(open, file, "rb")
+        yield _File(file.relative_to(root).as_posix(), describe, opened)
 
 
 def _describe_local(file: Path, inside: Path | None = None) -> tuple[str, int]:

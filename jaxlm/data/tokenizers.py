@@ -144,6 +144,8 @@ class SubwordTokenizer:
         ]
         if (times := _growth(rules)) > GROWTH:
             raise ValueError(f"its rules could make a text {times:.3g} times as long; {GROWTH} times are allowed")
+        if getattr(model.model, "dropout", None):  # which would cut up a text otherwise each time
+            model.model.dropout = None
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True

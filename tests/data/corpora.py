@@ -51,4 +51,5 @@ def texts_of(path: Path, split: Split, tokenizer: data.Tokenizer = BYTES) -> lis
     corpus = data.open_corpus(path, split)
     texts = [tokenizer.decode(corpus[i]) for i in range(len(corpus))]
     assert corpus.text(tokenizer) == b"".join(texts)
+    assert corpus.text(tokenizer, most=5) == b"".join(texts)[:5]
     return texts

@@ -202,6 +202,14 @@ def test_a_tokenizer_pickles_and_keeps_what_it_does(trained: data.SubwordTokeniz
         np.testing.assert_array_equal(again.encode(text.encode()), trained.encode(text.encode()))
 
 
+def test_a_text_always_has_the_same_ids(trained: data.SubwordTokenizer) -> None:
+    content = json.loads(trained.content)
+    content["model"]["dropout"] = 0.5
+    drops, text = data.SubwordTokenizer(json.dumps(content)), HARD[-1].encode() + b" some words of a text"
+    for _ in range(5):
+        np.testing.assert_array_equal(drops.encode(text), trained.encode(text))
+
+
 def test_settings_of_the_json_that_change_a_document_are_off(trained: data.SubwordTokenizer) -> None:
     model = tokenizers.Tokenizer.from_str(trained.content)
     model.enable_truncation(3)

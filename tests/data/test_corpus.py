@@ -8,6 +8,7 @@ import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from corpora import BYTES, RAW, ShiftedBytes, named, random_texts, texts_of, wri
 from jaxtyping import Integer
 
 from jaxlm import data
+from jaxlm.data import ingest
 from jaxlm.data.corpus import KINDS
 from jaxlm.files import read_signed
 
@@ -276,3 +278,19 @@ def test_documents_are_counted_from_the_front(tmp_path: Path) -> None:
     for document in (-1, 2):
         with pytest.raises(IndexError, match=f"document {document} of 2"):
             corpus[document]
+
+
+def test_a_part_that_another_worker_writes_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a folder is given twice, to see it twice as often."""
+    (tmp_path / "a.txt").write_text("a text")
+    shards, write_documents = data.shards(tmp_path / "a.txt"), ingest._write_documents
+
+    def first_the_other(*given: Any) -> Any:
+        monkeypatch.setattr(ingest, "_write_documents", write_documents)
+        ingest._write_part(tmp_path, BYTES, False, shards)
+        return write_documents(*given)
+
+    monkeypatch.setattr(ingest, "_write_documents", first_the_other)
+    part = ingest._write_part(tmp_path, BYTES, False, shards)
+    assert ingest._is_whole(part)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", part.name}

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm import data
+from jaxlm.data import parts
 from jaxlm.data.plan import VERSION, Plan, Rows
 from jaxlm.stages import Stage
 
@@ -209,6 +210,14 @@ def test_corpora_are_mixed_by_tokens_in_every_stretch(place: data.Place) -> None
             held += np.bincount(pieces["source"], pieces["length"] - 1.0, 3)
         assert held[1] / held.sum() == pytest.approx(wanted, abs=0.05)
         assert held[2] == 0
+
+
+def test_what_is_wanted_may_be_less_than_rounding_leaves_of_it() -> None:
+    plan = data.pack({"text": np.full(2**13, 1024)}, [1024], 2**14)
+    tokens, owed = 3 * 1024.0, 1e-10  # which is less than floats near the 4 million tokens before can tell
+    found, taken, still_owed = parts._draw(plan, parts.Start(taken=(2**12,), owed=(owed,)), tokens)
+    assert len(found) == taken[0] - 2**12 == 4
+    assert still_owed[0] == pytest.approx(owed)
 
 
 def test_without_weights_corpora_end_together() -> None:

@@ -245,6 +245,25 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         data.shards(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("read", [data.shards, data.text_files])
+def test_links_to_folders_and_to_nothing_are_refused_unless_what_they_lead_to_is_read(
+    read: Any, tmp_path: Path
+) -> None:
+    for name in ("in/folder", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text("a")
+    (tmp_path / "in" / "again").symlink_to("folder")
+    assert len(list(read(tmp_path / "in"))) == 1
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"more is a link to .*elsewhere, out of the folder"):
+        read(tmp_path / "in")
+    assert len(list(read(tmp_path / "in", leave_out=["more"]))) == 1
+    (tmp_path / "in" / "more").unlink()
+    (tmp_path / "in" / "gone.txt").symlink_to("folder/gone.txt")
+    with pytest.raises(ValueError, match=r"gone.txt is a link to .*gone.txt, where nothing is"):
+        read(tmp_path / "in")
+
+
 def test_what_would_block_for_ever_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(ValueError, match=r"a.txt is not a regular file"):
