@@ -100,7 +100,7 @@ def complete(
     ids = generate(
         config,
         params,
-        jnp.asarray(prompt, jnp.int32)[None],
+        prompt.astype(np.int32)[None],
         jax.random.key(seed),
         length=length,
         temperature=temperature,

@@ -116,8 +116,8 @@ def _evaluate(
 
 def _takes(program: Any, values: Sequence[Any]) -> bool:
     """Whether it is called with just these, as that of a kernel, which is called with parts of them, isn't."""
-    avals = program.in_avals if isinstance(program, ClosedJaxpr) else [x.aval for x in program.invars]
-    return [(x.shape, x.dtype) for x in map(jax.typeof, values)] == [(x.shape, x.dtype) for x in avals]
+    inputs = getattr(program, "jaxpr", program).invars
+    return [(x.shape, x.dtype) for x in map(jax.typeof, values)] == [(x.aval.shape, x.aval.dtype) for x in inputs]
 
 
 def _columns(pairs: Iterable[tuple[Any, jax.Array]]) -> tuple[list[Any], list[jax.Array]]:

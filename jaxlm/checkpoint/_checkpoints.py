@@ -21,6 +21,7 @@ from jaxlm.checkpoint._reading import (
     load,
     none_whole,
     or_damage,
+    or_damage_of_any,
     report_damage,
     shapes,
 )
@@ -293,11 +294,10 @@ class Checkpoints:
             return None, damage
         _check_same(step, _flat(manifest["about"]), _flat(self._about))
         _check_same(step, {name: leaf[:2] for name, leaf in manifest["leaves"].items()}, shapes(like))
-        loaded, damage = or_damage(load, self._folder / str(step), like)
-        damage = next(filter(None, distributed.exchange(damage)), None)
+        loaded, damage = or_damage_of_any(load, self._folder / str(step), like)
         if loaded is not None and damage is None:
-            _, damage = or_damage(check, manifest, loaded)  # a collective, which all reach or none
-            damage = next(filter(None, distributed.exchange(damage)), None)  # each has looked at its own copy
+            # A collective, which all reach or none; but each looks at its own copy.
+            _, damage = or_damage_of_any(check, manifest, loaded)
         return (loaded if damage is None else None), damage
 
     def rewind(self, step: int) -> int:

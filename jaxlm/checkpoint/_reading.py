@@ -94,6 +94,12 @@ def or_damage(work: Callable[..., T], *arguments: Any) -> tuple[T | None, str | 
         return None, str(damage)
 
 
+def or_damage_of_any(work: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
+    """What a function returns, and what it finds damaged in any process. All must call it."""
+    found, damage = or_damage(work, *arguments)
+    return found, next(filter(None, distributed.exchange(damage)), None)
+
+
 def load(path: Path, like: Json) -> Json:
     """The arrays in a checkpoint.
 

@@ -40,9 +40,9 @@ def text_files(
     given, folder, suffixes = os.fspath(folder), Path(folder), tuple(suffixes)
     if not folder.is_dir():
         raise FileNotFoundError(f"{redacted(given)} is not a folder")
-    paths = [path for path in files_below(folder, leave_out) if path.name.endswith(suffixes)]
-    inside = folder.resolve()
-    for path in (paths := [path for path in paths if path.name not in leave_out]):
+    below, inside = files_below(folder, leave_out), folder.resolve()
+    paths = [path for path in below if path.name.endswith(suffixes) and path.name not in leave_out]
+    for path in paths:
         refuse_link_out(path, inside)
     found = [path for path in paths if is_file(path)]
     if not found:

@@ -123,9 +123,9 @@ def _sensitivity(run: Callable[[Params], Run], params: Params, expected: Run, si
     noise = {x for x in gradient if gradient[x] > NOISE * max(size, float(np.median([*gradient.values()])))}
     usual = {q: FACTOR * max(size, *(x for leaf, x in most[q].items() if leaf not in noise)) for q in QUANTITIES}
     allowed = {q: dict.fromkeys(most[q], usual[q]) for q in QUANTITIES}
-    scales = _scales(expected.gradient)
+    norm, scales = _norm(expected.gradient), _scales(expected.gradient)
     for leaf in noise:
-        allowed["gradient"][leaf] *= _norm(expected.gradient) / scales[leaf]
+        allowed["gradient"][leaf] *= norm / scales[leaf]
         allowed["parameters"][leaf] = np.inf
     return allowed
 
