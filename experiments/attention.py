@@ -51,6 +51,8 @@ def main(config: Config) -> None:
         tiny = {"layers": 2, "width": 16, "row_length": 128, "window": 16, "rows_evaluated": 2}
         config = dataclasses.replace(config, seconds=0.0, **tiny)
         folder = Path(tempfile.mkdtemp())
+    if config.row_length % BINS or config.rows_evaluated < 1:
+        raise ValueError(f"use a row_length that is a multiple of {BINS}, and 1 or more rows_evaluated: {config}")
     folder.mkdir(parents=True, exist_ok=True)
     train.keep_programs()
     path = data.python_library_corpus(CACHE, data.ByteTokenizer())

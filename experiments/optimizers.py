@@ -1,8 +1,7 @@
 """Compares optimizers on one small language model, each with its best learning rate out of four.
 
-All learning rates and seeds of an optimizer train at once, as one compiled program: `jax.vmap` over a population. It
-takes half an hour on two CPU cores, and writes runs/optimizers/: results.json, and optimizers.png to look at. Seeds
-differ in the initial weights; all see the same batches.
+All learning rates and seeds of an optimizer train at once, as one compiled program: `jax.vmap` over a population. Seeds
+differ in the initial weights. It takes half an hour on two CPU cores, and writes runs/optimizers/ with optimizers.png.
 """
 
 import dataclasses
@@ -31,7 +30,6 @@ STACKED = optim.by_name({"blocks/.*": True, ".*": False})
 DECAYS = optim.by_name({".*kernel|embed": True, ".*": False})
 DECAY: dict[str, Any] = {"weight_decay": 0.1, "decay_mask": DECAYS}
 MORE: dict[str, Any] = {"weight_decay": 1.0, "decay_mask": DECAYS}  # for Lion, whose learning rate is a tenth
-
 Make = Callable[[Any], optax.GradientTransformation]
 OPTIMIZERS: dict[str, tuple[float, Make]] = {  # the lowest of four learning rates, each twice the one before
     "AdamW": (1e-3, lambda rate: optim.adamw(rate, b2=0.95, **DECAY)),
@@ -65,6 +63,8 @@ def main(config: Config) -> None:
     if config.smoke:
         config = dataclasses.replace(config, layers=1, width=16, row_length=32, tokens_per_batch=64, steps=2, seeds=2)
         folder = Path(tempfile.mkdtemp())
+    if unknown := {*config.only} - {*OPTIMIZERS}:
+        raise ValueError(f"only names {unknown}; use some of {[*OPTIMIZERS]}")
     folder.mkdir(parents=True, exist_ok=True)
     train.keep_programs()
     path = data.python_library_corpus(CACHE, data.ByteTokenizer())

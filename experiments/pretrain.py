@@ -32,6 +32,7 @@ from jaxlm.watchdog import watching
 
 GLANCE = 16  # held-out batches evaluated during the run; at its end, all
 SPIKE = 100  # steps before and after a spike of the loss whose batches are left out, as in PaLM
+LEAST = {"steps": 1, "save_every": 1, "tokens_per_batch": 1, "debug_nans": 1, "learning_rate": 0, "seed": 0}
 FREE = ("save_every", "microbatches", "zero", "mesh", "patience")  # what may change when a run goes on
 
 
@@ -78,14 +79,14 @@ class Config:
 def main(config: Config) -> None:
     folder, first, by_first = within(Path("runs"), config.name), distributed.first(), distributed.by_first
     distributed.agree(**dataclasses.asdict(dataclasses.replace(config, join=None)))
-    config, debug = dataclasses.replace(config, join=None, debug_nans=None), config.debug_nans
     if config.smoke:
         config = dataclasses.replace(config, layers=1, width=16, steps=2)
         folder = Path(by_first(tempfile.mkdtemp)) / "smoke"
-    if min(counts := (config.steps, config.save_every, config.tokens_per_batch)) < 1:
-        raise ValueError(f"steps, save-every and tokens-per-batch are {counts}; each must be 1 or more")
-    if debug is not None and not 1 <= debug <= config.steps:
-        raise ValueError(f"debug-nans is {debug}; use one of the run's steps, 1 to {config.steps}")
+    for option, least in LEAST.items():
+        value, end = getattr(config, option), {"seed": 2**32, "debug_nans": config.steps + 1}.get(option, jnp.inf)
+        if value is not None and not least <= value < end:
+            raise ValueError(f"{option} is {value}; use {least} <= {option} < {end}")
+    config, debug = dataclasses.replace(config, join=None, debug_nans=None), config.debug_nans
     by_first(lambda: str(metrics.open_run(folder, dataclasses.asdict(config), __file__, free=FREE)))
     train.keep_programs()
     home = given if (given := Path(config.text or folder)).joinpath("manifest.json").exists() else folder / "corpus"
@@ -126,7 +127,6 @@ def main(config: Config) -> None:
     step = train.with_learning_rate(train.make_step(grad_fn, optimizer, step_key), schedule)
     step = train.compile_step(step, like, batches.specs(by_rows))
     eval_fn = compile_eval(grads.parallel_loss(loss_fn, layout, dtype=dtype), like.params, unseen.specs(by_rows))
-
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in (*FREE, "name", "text")}
     about = {"model": dataclasses.asdict(shape), "tokenizer": tokenizer.name, "data": batches.fingerprint, "run": kept}
     by_first(lambda: data.save_tokenizer(tokenizer, folder / "checkpoints"))
@@ -188,7 +188,7 @@ def main(config: Config) -> None:
         results = {
             "held-out bits per byte": f"{found:.3f}",
             f"xz -9 on the first {len(text):,} bytes": f"{8 * len(lzma.compress(text, preset=9)) / len(text):.3f}",
-            "sample": complete(shape, params, tokenizer, "def ", length=config.row_lengths[-1] - 5),
+            "sample": complete(shape, params, tokenizer, "def ", length=max(6, *config.row_lengths) - 5),
         }
         say(*(f"{a}: {b}\n" for a, b in results.items()), f"Look at {write_report(folder, results)}", sep="\n")
 

@@ -1,6 +1,7 @@
 """Text from a model."""
 
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Integer
 from jaxlm.checkpoint import load_params
 from jaxlm.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
 from jaxlm.models import TransformerConfig, empty_cache, masks, transformer
+from jaxlm.numbers import is_whole, known
 from jaxlm.tree import named_leaves
 from jaxlm.types import Params
 
@@ -36,17 +38,22 @@ def generate(
         prompt: rows of ids, all of one length.
         key: for the draws.
         length: how many tokens to draw.
-        temperature: divides the logits; 0 takes the likeliest token always.
+        temperature: divides the logits, 0 or more; 0 takes the likeliest token always.
         mask: the one that the model was made with.
 
     Returns:
         The drawn ids, int32.
 
     Raises:
-        ValueError: a length below 1, or an id in the prompt that the model doesn't know.
+        ValueError: a length below 1, an empty prompt, an id in it that the model doesn't know, or a temperature that
+            isn't 0 or more.
     """
-    if length < 1:
-        raise ValueError(f"generate: length is {length}; use 1 or more")
+    if not is_whole(length):
+        raise ValueError(f"generate: length is {length}; use a whole number, 1 or more")
+    if not prompt.shape[1]:
+        raise ValueError("generate: the prompt is empty; begin with one token at least")
+    if (divisor := known(temperature)) is not None and not 0 <= divisor < math.inf:
+        raise ValueError(f"generate: temperature is {temperature}; use 0 or more")
     if not isinstance(prompt, Tracer):
         ids = np.asarray(prompt)
         if (wrong := ids[(ids < 0) | (ids >= config.vocab)]).size:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
 
 from jaxlm import tree
+from jaxlm.numbers import is_whole
 from jaxlm.types import Aux, Batch, LossFn, Metrics, Params
 
 
@@ -49,8 +50,8 @@ def next_token(
         ValueError: a chunk below 1, a negative `z_loss`, a `label_smoothing` outside 0 to 1, or (when traced) a chunk
             of more tokens than the batch has, or tokens that aren't integers.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"next_token: chunk is {chunk}; use 1 or more tokens, or None for all at once")
+    if chunk is not None and not is_whole(chunk):
+        raise ValueError(f"next_token: chunk is {chunk}; use a whole number of tokens, or None for all at once")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"next_token: z_loss is {z_loss}; use 0 or more, such as 1e-4")
     if not 0 <= label_smoothing < 1:

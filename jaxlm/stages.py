@@ -5,7 +5,10 @@ may change from stage to stage. How many steps each takes follows from the stage
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+
+from jaxlm.numbers import is_whole
 
 MOST_ROW_LENGTHS = 6  # a program is compiled for each
 
@@ -33,21 +36,23 @@ class Stage:
     """The share of tokens that each corpus gives, in any unit; None: as many as it has, so that all end together."""
 
     def __post_init__(self):
-        row_lengths = tuple(sorted({int(length) for length in self.row_lengths}))
-        object.__setattr__(self, "row_lengths", row_lengths)
-        if not 1 <= len(row_lengths) <= MOST_ROW_LENGTHS or row_lengths[0] < 2:
+        row_lengths = tuple(sorted({*self.row_lengths}))
+        if not 1 <= len(row_lengths) <= MOST_ROW_LENGTHS or not all(is_whole(length, 2) for length in row_lengths):
             raise ValueError(
-                f"Stage: row lengths {list(row_lengths)}; use 1 to {MOST_ROW_LENGTHS} of them, each 2 or more"
+                f"Stage: row lengths {list(row_lengths)}; use 1 to {MOST_ROW_LENGTHS}, whole numbers of 2 or more"
             )
+        object.__setattr__(self, "row_lengths", tuple(map(int, row_lengths)))
+        for name in ("tokens_per_batch", "until_tokens", "window"):
+            value = getattr(self, name)
+            if not (value is None or is_whole(value)):
+                raise ValueError(f"Stage: {name} is {value}; use a whole number, 1 or more")
         if self.tokens_per_batch < row_lengths[-1]:
             raise ValueError(
                 f"Stage: {self.tokens_per_batch} tokens per batch don't hold a row of {row_lengths[-1]}; use more, or "
                 "shorter rows"
             )
-        for name in ("until_tokens", "window", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Stage: {name} is {value}; use more than 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"Stage: learning_rate is {self.learning_rate}; use a number above 0")
         if self.weights is not None and not (
             min(self.weights.values(), default=-1) >= 0 and sum(self.weights.values()) > 0
         ):

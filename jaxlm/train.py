@@ -15,6 +15,7 @@ import optax
 from jaxlm import preflight, tree
 from jaxlm.compiled import Compiled, donating
 from jaxlm.grads import takes_loss_scale
+from jaxlm.numbers import is_whole
 from jaxlm.optim import loss_scaling, skipped
 from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 
@@ -56,7 +57,7 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
     """A training step: gradient, division by the batch's weight, optimizer update.
 
     Randomness in step n comes from `fold_in(key, n)`, so a resumed run draws what an uninterrupted one draws. A batch
-    without a single weight has zero gradients and losses.
+    without a single weight has zero gradients and losses; one whose weights sum to less than nothing has NaN.
 
     Args:
         grad_fn: sums of losses and their gradient. It gets the scale of the loss as a fourth argument, if the optimizer
@@ -89,13 +90,14 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
                 "make_step: gradients in float16, whose range is too small for them; keep parameters in float32, and "
                 "compute in float16 by precision.compute_in"
             )
-        one_over_weight = jnp.where(aux.weight_sum > 0, 1 / aux.weight_sum, 0)
+        weight = aux.weight_sum
+        one_over_weight = jnp.where(weight > 0, 1 / weight, jnp.where(weight == 0, 0, jnp.nan))
         grads, means = jax.tree.map(
             lambda x: (x * one_over_weight).astype(x.dtype), (grads, {"loss": loss_sum, **aux.metrics})
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=means["loss"])
         params = optax.apply_updates(state.params, updates)
-        metrics = {**means, "grad_norm": tree.norm(grads), "weight": aux.weight_sum}
+        metrics = {**means, "grad_norm": tree.norm(grads), "weight": weight}
         if scaling := loss_scaling(opt_state):
             metrics["loss_scale"] = scaling.loss_scale
         if (count := skipped(opt_state)) is not None:
@@ -167,8 +169,8 @@ def fit(
             again. It names the steps; the batch of step n is that with the index n - 1.
         ValueError: `patience` is below 1, or a batch of NumPy's has integers beyond 32 bits, which JAX would cut off.
     """
-    if patience < 1:
-        raise ValueError(f"fit: patience is {patience}; use 1 or more")
+    if not is_whole(patience):
+        raise ValueError(f"fit: patience is {patience}; use a whole number, 1 or more")
     run = step if isinstance(step, Compiled) else donating(step, state)
     taken, in_a_row, before = int(state.step), 0, Metrics()
     with preflight.explained():

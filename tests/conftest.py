@@ -3,9 +3,11 @@
 import collections
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
 from jaxlm import data
@@ -37,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item, place in zip(own, places, strict=True):
             if place >= 1 / marker.args[0] and place > min(places):
                 item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def unchecked_types() -> Generator[None]:
+    """As users have it: the tests' check of annotations would be the first to refuse what isn't of the type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 WORDS = b"the quick brown fox jumps over the lazy dog while seven wizards make toxic brew of jade and onyx ".split()

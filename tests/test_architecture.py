@@ -11,7 +11,7 @@ PACKAGE = sorted((ROOT / "jaxlm").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 LAYERS = [
-    ["types", "tree", "fingerprint", "stages", "files", "output", "nans", "optional", "peers", "launchers"],
+    ["types", "tree", "numbers", "fingerprint", "stages", "files", "output", "nans", "optional", "peers", "launchers"],
     [
         "compiled",
         "hlo",
@@ -51,6 +51,7 @@ WITHIN_A_LAYER = {
     ("grads", "sharding"),
     ("sharding", "hlo"),
     ("fingerprint", "tree"),
+    ("stages", "numbers"),
 }
 DOORS = {
     "flax": "jaxlm/models/",

@@ -1,6 +1,7 @@
 """A save that fails is said and loses nothing; the third in a row ends the run; so does an error of another kind."""
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import optax
 import pytest
 from states import ABOUT, names, same, save, state_at
 
-from jaxlm import checkpoint, files
+from jaxlm import checkpoint, files, train
 from jaxlm.checkpoint import _folder, _writing
 
 
@@ -96,6 +99,34 @@ def test_a_checkpoint_that_counts_though_its_save_failed_is_not_saved_again(
     with pytest.raises(OSError, match="checkpoint 2 was not saved: Input/output error"):
         checkpoints.close()
     assert names(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, "float32"), (math.inf, "float32"), (math.nan, "bfloat16")])
+@pytest.mark.parametrize("copied", [True, False])
+def test_parameters_that_are_not_finite_are_never_saved(
+    copied: bool, value: float, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not copied:  # as on accelerators and of several processes
+        monkeypatch.setattr(_writing, "_host_devices", lambda _: set[Any]())
+    params = {"b": jnp.ones((3, 5), dtype).at[2, 4].set(value), "c": jnp.ones(3, bool)}
+    good, bad = (train.start({**params, "b": b}, optax.sgd(0.1)) for b in (jnp.ones((3, 5), dtype), params["b"]))
+    checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+    checkpoints.save(good)
+    checkpoints.save(bad._replace(step=jnp.asarray(1)))
+    with pytest.raises(FloatingPointError, match=r"1 of the parameters aren't finite, b first"):
+        checkpoints.save(bad._replace(step=jnp.asarray(2)))
+    checkpoints.close()
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        assert same(checkpoints.restore(good), good)
+    assert names(tmp_path) == ["0"]
+
+
+def test_a_leaf_without_elements_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    state = train.start({"a": jnp.ones(1), "b": jnp.zeros((2, 0))}, optax.sgd(0.1))
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        for call in (checkpoints.restore, checkpoints.save):
+            with pytest.raises(ValueError, match="params/b has no elements"):
+                call(state)
 
 
 def test_an_error_in_the_run_is_not_hidden_by_one_of_the_last_save(tmp_path: Path) -> None:

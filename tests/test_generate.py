@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,22 @@ def test_the_likeliest_tokens_are_those_found_without_a_cache(params: dict[str, 
 def test_a_prompt_of_ids_that_the_model_does_not_know_is_refused(params: dict[str, jax.Array], wrong: int) -> None:
     with pytest.raises(ValueError, match=f"prompt has the id {wrong}; the model knows those below 258"):
         generate.generate(CONFIG, params, np.array([[1, wrong]]), jax.random.key(0), length=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 0}, "length is 0; use a whole number"),
+        ({"temperature": -1.0}, "temperature is -1.0; use 0 or more"),
+        ({"temperature": np.float32("nan")}, "temperature is nan"),
+        ({"prompt": np.ones((1, 0), np.int32)}, "the prompt is empty"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_cannot_be_drawn_is_refused(params: dict[str, jax.Array], options: dict[str, Any], message: str) -> None:
+    options = {"prompt": np.ones((1, 1), np.int32), "key": jax.random.key(0), "length": 1, **options}
+    with pytest.raises(ValueError, match=message):
+        generate.generate(CONFIG, params, **options)
 
 
 def test_draws_follow_the_distribution_at_the_temperature(params: dict[str, jax.Array]) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(file for file in (ROOT / "experiments" / "launch").iterdir() if file.suffix != ".py")
 SCRIPTS = [file for file in FILES if file.suffix == ".sh"]
 # SLURM's own, of which JAX's detection has no need.
-NOT_FOR_JAX = {"SLURM_RESTART_COUNT", "SLURM_STEP_NUM_TASKS"}
+NOT_FOR_JAX = {"SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT", "SLURM_STEP_NUM_TASKS"}
 # Stands in for Python: says what it was started with, and fails in one process or waits for a signal.
 STAND_IN = """#!/bin/bash
 [[ $1 == -c ]] && echo 1234 && exit
@@ -55,16 +55,16 @@ def test_each_says_what_to_edit_and_how_to_start_and_runs_pretrain_with_options_
 
 
 def test_slurm_starts_again_what_can_go_on(tmp_path: Path) -> None:
-    for name, does in {"srun": "exit $CODE", "scontrol": 'echo "$@"'}.items():
+    for name, does in {"srun": 'echo "$1" >&2; exit $CODE', "scontrol": 'echo "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"}
     again = set[int]()
     for code in (0, 1, 2, 75, 130, 134, 135, 137, 139, 143):
         environment = os.environ | own | {"CODE": str(code)}
         script = ROOT / "experiments" / "launch" / "slurm.sh"
         done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == code
+        assert (done.returncode, done.stderr) == (code, "--cpus-per-task=8\n")  # which srun doesn't take over
         again |= {code} if done.stdout == "requeue 7\n" else set()
     assert again == {75, 130, 134, 135, 137, 139, 143}  # as docs/reliability.md says
 
@@ -102,7 +102,7 @@ def test_the_jobset_agrees_with_itself() -> None:
     job = workers["template"]["spec"]
     assert (workers["replicas"], job["completionMode"], job["backoffLimit"]) == (1, "Indexed", 0)
     pod = job["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"
+    assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 120)
     [container] = pod["containers"]
     option, coordinator, processes, process = container["args"][:4]
     assert (option, process) == ("--join", "$(JOB_COMPLETION_INDEX)")

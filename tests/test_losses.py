@@ -324,13 +324,16 @@ def test_a_vocabulary_divided_over_the_model_axis_stays_divided():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk": 0}, "chunk is 0; use 1 or more"),
+        ({"chunk": 0}, "chunk is 0; use a whole number"),
+        ({"chunk": 2.5}, "chunk is 2.5"),
+        ({"chunk": True}, "chunk is True"),
         ({"z_loss": -1e-4}, "z_loss is -0.0001; use 0 or more"),
         ({"z_loss": float("nan")}, "z_loss is nan"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; use 0 <= label_smoothing < 1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_what_is_out_of_range_is_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         next_token(last_layer, **options)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -71,10 +72,13 @@ def test_each_option_is_held_to_or_may_change(pretrain: ModuleType, tmp_path: Pa
         ({"microbatches": 3}, "not divisible over 8 devices in 3 microbatches"),
         ({"tokens_per_batch": 256 * 4}, "4 rows of 256 tokens can't be divided over 8 devices"),
         ({"row_lengths": (1,)}, r"row lengths \[1\]"),
-        ({"save_every": 0}, "each must be 1 or more"),
-        ({"steps": 0}, "each must be 1 or more"),
-        ({"debug_nans": 0}, "debug-nans is 0; use one of the run's steps, 1 to 1000"),
-        ({"debug_nans": 1001}, "debug-nans is 1001"),
+        ({"save_every": 0}, "save_every is 0; use 1 <= save_every < inf"),
+        ({"steps": 0}, "steps is 0; use 1 <= steps"),
+        ({"debug_nans": 0}, "debug_nans is 0; use 1 <= debug_nans < 1001"),
+        ({"debug_nans": 1001}, "debug_nans is 1001"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; use 0 <= learning_rate < inf"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
+        ({"seed": 2**32}, "seed is 4294967296; use 0 <= seed < 4294967296"),
     ],
     ids=str,
 )

@@ -53,7 +53,12 @@ def test_presets() -> None:
         ({"row_lengths": [2, 3, 4, 5, 6, 7, 8]}, "1 to 6"),
         ({"tokens_per_batch": 7}, "7 tokens per batch don't hold a row of 8"),
         ({"until_tokens": 0}, "until_tokens is 0"),
+        ({"until_tokens": 1.5}, "until_tokens is 1.5; use a whole number"),
         ({"window": 0}, "window is 0"),
+        ({"window": True}, "window is True"),
+        ({"row_lengths": [8.5]}, r"row lengths \[8.5\]; use 1 to 6, whole"),
+        ({"tokens_per_batch": 64.0}, "tokens_per_batch is 64.0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"weights": {"a": 0, "b": 0}}, "weights are"),
@@ -61,6 +66,7 @@ def test_presets() -> None:
         ({"weights": {}}, "weights are"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_refuses_a_stage(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Stage(**({"row_lengths": [8], "tokens_per_batch": 64} | options))

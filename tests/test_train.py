@@ -92,6 +92,15 @@ def test_a_batch_without_weight_changes_the_step_alone(optimizer: optax.Gradient
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after.opt_state))
 
 
+@pytest.mark.parametrize("weight", [np.nan, -1.0])
+def test_a_weight_that_is_none_is_skipped_and_counted(weight: float):
+    optimizer = skip_nonfinite(optax.adamw(0.1))
+    step, state = make_step(grads_of_squares, optimizer, KEY), start(linear_params(), optimizer)
+    after, metrics = jax.jit(step)(state, linear_batches(1)[0] | {"weight": np.full(4, weight, np.float32)})
+    assert (metrics["skipped"], bool(np.isfinite(metrics["loss"]))) == (1, False)
+    np.testing.assert_array_equal(after.params["w"], state.params["w"])
+
+
 def test_bfloat16_parameters_and_moments_stay_bfloat16():
     params, optimizer = {"w": jnp.ones(3, jnp.bfloat16)}, optax.adam(0.1)
     state = start(params, optimizer)
@@ -246,6 +255,7 @@ def with_nan_in(batches: list[dict[str, np.ndarray]], *indices: int) -> list[dic
     return batches
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_run_stops_once_so_many_steps_in_a_row_are_not_finite_and_names_them():
     optimizer = skip_nonfinite(optax.sgd(0.01))
     step, taken = make_step(grads_of_squares, optimizer, KEY), list[int]()
@@ -263,8 +273,9 @@ def test_a_run_stops_once_so_many_steps_in_a_row_are_not_finite_and_names_them()
     resumed = start(linear_params(), optimizer)._replace(step=jnp.asarray(40, jnp.int32))
     with pytest.raises(FloatingPointError, match=r"steps 43 to 44 .* indices 42 to 43"):
         list(fit(step, resumed, batches, patience=2))
-    with pytest.raises(ValueError, match="patience is 0"):
-        next(fit(step, resumed, [], patience=0))
+    for patience in (0, 2.5):  # which no count of steps would ever be
+        with pytest.raises(ValueError, match=f"patience is {patience}"):
+            next(fit(step, resumed, [], patience=patience))  # pyright: ignore[reportArgumentType]
 
 
 def test_the_learning_rate_is_that_of_the_update_where_steps_were_skipped():

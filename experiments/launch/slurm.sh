@@ -15,8 +15,9 @@
 # No --gpus-per-task: JAX gives each process its GPU by SLURM_LOCALID, and so must see all of the machine.
 set -uo pipefail
 
+# srun asks for the CPUs anew: since SLURM 22.05 it has only one else.
 # --wait ends tasks that are still there two minutes after the first ended.
-srun --wait=120 .venv/bin/python experiments/pretrain.py "$@"
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=120 .venv/bin/python experiments/pretrain.py "$@"
 code=$?
 
 # srun's code is the highest of all tasks. 1 is an error that would come again. 75 is a stop that the last checkpoint

@@ -27,7 +27,7 @@ from jaxlm.checkpoint._reading import (
 )
 from jaxlm.checkpoint._writing import begin, compile_ahead, disk_error
 from jaxlm.output import warn
-from jaxlm.tree import nbytes
+from jaxlm.tree import named_leaves, nbytes
 from jaxlm.types import TrainState
 
 FAILURES: Final = 3
@@ -101,7 +101,8 @@ class Checkpoints:
         CPUs twice, while Orbax begins.
 
         What several devices hold must be the same on all: where it isn't, one of them has failed without a sign, or the
-        program isn't deterministic (`--xla_gpu_deterministic_ops=true`).
+        program isn't deterministic (`--xla_gpu_deterministic_ops=true`). A parameter that isn't finite, and never will
+        be again, ends the run too, before such a checkpoint takes the place of one to go back to.
 
         Args:
             state: what to save.
@@ -111,7 +112,8 @@ class Checkpoints:
         Raises:
             OSError: the last three saves failed so; older checkpoints are intact.
             RuntimeError: copies differ; the leaf and the devices are named, and older checkpoints are intact.
-            ValueError: there is a newer checkpoint.
+            ValueError: there is a newer checkpoint, or a leaf has no elements.
+            FloatingPointError: the save before was of a parameter that isn't finite; older checkpoints are intact.
             Exception: any other error of the save before, or, but in one process on CPUs, of this one's beginning.
         """
         step, newest = int(state.step), self.latest
@@ -254,7 +256,7 @@ class Checkpoints:
 
         Raises:
             ValueError: the checkpoint is `about` something else, or holds other leaves, shapes or dtypes than `like`;
-                the first difference is named.
+                the first difference is named. Or a leaf of `like` has no elements.
             RuntimeError: there are checkpoints, but none that isn't damaged; or copies on several devices differ, as in
                 `save`.
         """
@@ -346,7 +348,10 @@ class Checkpoints:
 
 def _parts(state: TrainState) -> Json:
     """What is saved under names of their own, so that the parameters can be read alone. None may be without a leaf."""
-    return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+    parts: Json = {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+    if empty := [name for name, leaf in named_leaves(parts).items() if leaf.size == 0]:
+        raise ValueError(f"Checkpoints: {empty[0]} has no elements, and Orbax saves no such arrays; leave it out")
+    return parts
 
 
 def _check_same(step: int, saved: Json, expected: Json) -> None:

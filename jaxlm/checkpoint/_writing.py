@@ -14,6 +14,7 @@ from jaxlm import files
 from jaxlm.checkpoint._folder import Json
 from jaxlm.checkpoint._reading import causes
 from jaxlm.fingerprint import begin_fingerprints, compile_fingerprints, read_fingerprints
+from jaxlm.tree import named_leaves
 
 
 def begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
@@ -24,28 +25,46 @@ def begin(path: Path, parts: Json) -> Callable[[], dict[str, str]]:
     have fingerprints of several devices.
 
     Returns:
-        What waits until they are written, and returns their fingerprints. It may be called in another thread.
+        What waits until they are written, and returns their fingerprints; it raises a FloatingPointError if a parameter
+        isn't finite. It may be called in another thread.
     """
     devices = _host_devices(parts)
     copies = [_copied(parts) if devices else parts]
-    sums = begin_fingerprints(copies[0]) if len(devices) != 1 else {}
+    sums = _sums(copies[0]) if len(devices) != 1 else ()
 
-    def write() -> tuple[Any, dict[str, jax.Array]]:
+    def write() -> tuple[Any, Any]:
         own = copies.pop()  # which goes as soon as Orbax has begun
         context = ocp.Context()
         # Writes into the folder itself: what it is worth is told by its name.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
         with context:
-            return ocp.save_checkpointables_async(str(path), own), sums or begin_fingerprints(own)
+            return ocp.save_checkpointables_async(str(path), own), sums or _sums(own)
 
     begun = None if devices else write()
 
     def end() -> dict[str, str]:
-        response, found = begun or write()
+        response, (prints, finite) = begun or write()
         _wait(response)
-        return read_fingerprints(found)
+        if wrong := [name for name, fine in jax.device_get(finite).items() if not fine]:
+            raise FloatingPointError(f"{len(wrong)} of the parameters aren't finite, {wrong[0]} first")
+        return read_fingerprints(prints)
 
     return end
+
+
+def _sums(parts: Json) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The fingerprints of all leaves, and whether parameters are finite, as arrays that devices have yet to compute."""
+    return begin_fingerprints(parts), _finite(parts["params"])
+
+
+@jax.jit
+def _finite(params: Any) -> dict[str, jax.Array]:
+    def finite(x: jax.Array) -> jax.Array:
+        wide = x if x.dtype.itemsize > 2 else x.astype(jnp.float32)
+        return jnp.isfinite(jnp.max(jnp.abs(wide), initial=0))  # on CPUs faster than to ask each element
+
+    floats = {n: x for n, x in named_leaves(params).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return {name: finite(x) for name, x in floats.items()}
 
 
 def _host_devices(parts: Json) -> set[Any]:
@@ -65,6 +84,7 @@ def _copied(parts: Json) -> Json:
 def compile_ahead(parts: Json) -> None:
     """Compiles what would hold up the first save of a state, or of shapes with shardings, as `parts` is."""
     compile_fingerprints(parts)
+    _finite.lower(parts["params"]).compile()
     if _host_devices(parts):
         _copied.lower(parts).compile()
 

@@ -1,6 +1,7 @@
 """Causal attention with grouped queries: one function, and several implementations of it, as values."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, Final
@@ -54,18 +55,23 @@ def attention(
         implementation: None: the fastest that can do this on the default backend.
 
     Raises:
-        ValueError: key heads that don't divide query heads, segments with S != T, a soft cap that isn't above 0, or
-            something that the given implementation can't do.
+        ValueError: shapes that don't go together, key heads that don't divide query heads, segments with S != T, a soft
+            cap that isn't above 0, or something that the given implementation can't do.
     """
+    if k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+        raise ValueError(
+            f"attention: queries {q.shape}, keys {k.shape} and values {v.shape}; keys and values must be alike, and "
+            "have as many rows, and heads as wide, as queries"
+        )
     heads, key_heads = q.shape[2], k.shape[2]
     if heads % key_heads:
         raise ValueError(f"attention: {heads} query heads are not divisible by {key_heads} key heads")
-    if segments is not None and not segments.shape[1] == q.shape[1] == k.shape[1]:
+    if segments is not None and not segments.shape == q.shape[:2] == k.shape[:2]:
         raise ValueError(
-            f"attention: {segments.shape[1]} segment numbers for {q.shape[1]} queries and {k.shape[1]} keys; "
-            "segments need as many of each"
+            f"attention: segment numbers {segments.shape} for queries {q.shape[:2]} and keys {k.shape[:2]}; there must "
+            "be as many of each"
         )
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"attention: softcap is {softcap}; use a number above 0, or None")
     asked: dict[str, Any] = {"mask": mask, "first": first, "segments": segments, "softcap": softcap}
     return (implementation or _fastest(q, k, **asked))(q, k, v, **asked)

@@ -16,6 +16,8 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxlm.numbers import is_whole
+
 EMPTY: Final = 0
 PARTIAL: Final = 1
 FULL: Final = 2
@@ -53,14 +55,16 @@ class Window:
     """The last `width` keys, the query's own position included; None: all.
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: a width that is no whole number of 1 or more.
     """
 
     width: int | None = None
 
     def __post_init__(self):
-        if self.width is not None and self.width < 1:
-            raise ValueError(f"window: the width is {self.width}; use 1 or more (1: each token sees itself alone)")
+        if self.width is not None and not is_whole(self.width):
+            raise ValueError(
+                f"window: the width is {self.width}; use a whole number, 1 or more (1: each token sees itself alone)"
+            )
 
     def allowed(self, q: Any, k: Any) -> Any:
         before = k <= q
@@ -154,7 +158,7 @@ def window(width: int) -> Mask:
     """The last `width` keys, the query's own position included (Longformer, https://arxiv.org/abs/2004.05150).
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: a width that is no whole number of 1 or more.
     """
     return Window(width)
 
@@ -261,5 +265,5 @@ def _bigbird(i: Any, j: Any, window: int, first: int, random: int, seed: int) ->
 
 def _at_least(name: str, least: int, **numbers: int) -> None:
     for argument, number in numbers.items():
-        if number < least:
-            raise ValueError(f"{name}: {argument} is {number}; use {least} or more")
+        if not is_whole(number, least):
+            raise ValueError(f"{name}: {argument} is {number}; use a whole number, {least} or more")

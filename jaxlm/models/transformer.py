@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -18,6 +19,7 @@ from jaxlm.models.functional import functional
 from jaxlm.models.layers import Activation, FeedForward, Linear, Product, RMSNorm, rotary
 from jaxlm.models.masks import Mask, causal
 from jaxlm.models.masks import window as window_of
+from jaxlm.numbers import is_whole
 from jaxlm.types import Params
 
 
@@ -26,9 +28,9 @@ class TransformerConfig:
     """The shape of a decoder: what must be known to read its weights. It is saved with them.
 
     Raises:
-        ValueError: a size below 1, `width` that `heads` doesn't divide, `heads` that `kv_heads` doesn't divide, an odd
-            head width, an unknown activation, a window below 1, windows that don't go into `layers` whole times, or a
-            soft cap that isn't above 0.
+        ValueError: a size that is no whole number of 1 or more, `width` that `heads` doesn't divide, `heads` that
+            `kv_heads` doesn't divide, an odd head width, an unknown activation, a window below 1, windows that don't go
+            into `layers` whole times, or a soft cap, `rope_theta` or `norm_epsilon` out of range.
     """
 
     vocab: int
@@ -55,8 +57,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         for name in ("vocab", "layers", "width", "heads", "key_heads", "hidden_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)}; use 1 or more")
+            if not is_whole(getattr(self, name)):
+                raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)}; use a whole number, 1 or more")
         if self.activation not in get_args(Activation):
             raise ValueError(
                 f"TransformerConfig: unknown activation {self.activation!r}; use one of {get_args(Activation)}"
@@ -71,14 +73,19 @@ class TransformerConfig:
             )
         if self.windows is not None:
             object.__setattr__(self, "windows", tuple(self.windows))  # from JSON it comes as a list
-            if not self.windows or any(width is not None and width < 1 for width in self.windows):
-                raise ValueError(f"TransformerConfig: windows are {self.windows}; use widths of 1 or more, or None")
+            if not self.windows or not all(width is None or is_whole(width) for width in self.windows):
+                raise ValueError(
+                    f"TransformerConfig: windows are {self.windows}; use whole numbers of 1 or more, or None"
+                )
             if self.layers % len(self.windows):
                 raise ValueError(
                     f"TransformerConfig: {self.layers} layers are not divisible by the {len(self.windows)} of windows"
                 )
-        if self.softcap is not None and not self.softcap > 0:
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"TransformerConfig: softcap is {self.softcap}; use a number above 0, or None")
+        for name in ("rope_theta", "norm_epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)}; use a number above 0")
 
     @property
     def head_width(self) -> int:
@@ -224,18 +231,23 @@ class Transformer(nnx.Module):
             tokens: ids below `config.vocab`.
             segments: the document number of each token in its row, counted from 1; attention and positions restart
                 with each document. None: each row is one document.
-            cache: what came before `tokens`, which must fit in what is left of it.
+            cache: what came before `tokens`. Where these don't fit in what is left of it, the result is NaN.
             window: a static number: for this call no layer sees more keys, as in schedules that widen the window
                 (https://arxiv.org/abs/2503.15450).
             head: a function to return the result of in place of logits, of the last hidden states, `[B T D]`, and the
                 output matrix, `[D V]`.
 
         Raises:
-            ValueError: both `segments` and `cache`, a window below 1, or what the attention can't do.
+            ValueError: both `segments` and `cache`, more tokens than the cache holds, a window below 1, or what the
+                attention can't do.
         """
         if segments is not None and cache is not None:
             raise ValueError("Transformer: got both segments and a cache; generate for one document a row")
         embed = self.embed[...]
+        if cache is not None and tokens.shape[1] > cache.k.shape[2]:
+            raise ValueError(
+                f"Transformer: {tokens.shape[1]} tokens for a cache of {cache.k.shape[2]}; make a longer one"
+            )
         first = jnp.zeros((), jnp.int32) if cache is None else cache.length
         positions = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         if segments is not None:
@@ -269,6 +281,8 @@ class Transformer(nnx.Module):
         )
         if len(layers) > 1:
             cached = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cached)
+        if cache is not None:
+            x = jnp.where(first + tokens.shape[1] <= cache.k.shape[2], x, jnp.nan)
         matrix = embed.T if self.head is None else self.head.kernel[...]
         out = (head or _logits)(self.norm(x), jnp.asarray(matrix))
         return out if cached is None else (out, Cache(cached[0], cached[1], first + tokens.shape[1]))

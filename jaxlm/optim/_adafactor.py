@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.numbers import is_whole
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
     LARGEST,
+    TINY,
     Mask,
     Scalar,
     at,
@@ -20,6 +22,7 @@ from jaxlm.optim._leaves import (
     map_leaves,
     need,
     next_count,
+    scale_by_learning_rate,
     transformation,
     wide_zeros,
     zeros_without,
@@ -69,7 +72,7 @@ def scale_by_adafactor(
         b2_decay: the exponent in $\beta_t$.
         b2_cap: the greatest $\beta_t$: with 0.99 to 0.999 long runs don't stop forgetting.
         b2_offset: updates to take off $t$, which is 1 at least: for tuning a model whose state goes on.
-        eps1: added to squares.
+        eps1: added to squares, above 0.
         eps2: the least scale of a parameter.
         clip: $d$, the greatest root mean square of $u$ for one tensor; None: any.
         parameter_scale: multiply by the parameter's root mean square, as the first factor of the update does.
@@ -83,11 +86,14 @@ def scale_by_adafactor(
         ValueError: an argument out of range.
     """
     name, infinity = "scale_by_adafactor", float("inf")
-    check_range(name, 0.0, infinity, b2_decay=b2_decay, eps1=eps1, eps2=eps2, min_factored=min_factored)
+    check_range(name, 0.0, infinity, b2_decay=b2_decay, eps2=eps2, min_factored=min_factored)
+    check_range(name, TINY, infinity, eps1=eps1)
     check_range(name, 0.0, 1.0, momentum=momentum)
     if not 0 < b2_cap <= 1:
         raise ValueError(f"{name}: b2_cap is {b2_cap}; use 0 < b2_cap <= 1")
-    if clip is not None and clip <= 0:
+    if not is_whole(b2_offset, 0):
+        raise ValueError(f"{name}: b2_offset is {b2_offset}; use a whole number of updates, 0 or more")
+    if clip is not None and not clip > 0:
         raise ValueError(f"{name}: clip is {clip}; use a positive number, or None for no clipping")
 
     def init(params: Any) -> AdafactorState:
@@ -165,7 +171,7 @@ def adafactor(
     return optax.chain(
         scale_by_adafactor(**options),
         add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(_relative_step if learning_rate is None else learning_rate),
+        scale_by_learning_rate("adafactor", _relative_step if learning_rate is None else learning_rate),
     )
 
 

@@ -8,6 +8,7 @@ import optax
 
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
+    TINY,
     Mask,
     Scalar,
     at,
@@ -17,6 +18,7 @@ from jaxlm.optim._leaves import (
     debias,
     map_leaves,
     next_count,
+    scale_by_learning_rate,
     transformation,
     wide_zeros,
 )
@@ -46,7 +48,7 @@ def scale_by_adam(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: float = 1e-8) -> op
     Args:
         b1: decay of the gradients' average, at least 0 and below 1; a schedule gets the number of updates so far.
         b2: decay of their squares' average, likewise.
-        eps: added to the root.
+        eps: added to the root, above 0: where a gradient has always been 0 the quotient is 0 / eps.
 
     Returns:
         A transformation with optax's own state for Adam; updates are float32 or wider.
@@ -55,7 +57,7 @@ def scale_by_adam(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: float = 1e-8) -> op
         ValueError: a beta or `eps` out of range.
     """
     check_range("scale_by_adam", 0.0, 1.0, b1=b1, b2=b2)
-    check_range("scale_by_adam", 0.0, float("inf"), eps=eps)
+    check_range("scale_by_adam", TINY, float("inf"), eps=eps)
 
     def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params, extra
@@ -95,5 +97,5 @@ def adamw(
     return optax.chain(
         scale_by_adam(b1, b2, eps),
         add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate("adamw", learning_rate),
     )

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.optim._leaves import Mask, flags, need, transformation
+from jaxlm.numbers import known
+from jaxlm.optim._leaves import Mask, check_range, flags, need, transformation
 
 
 def add_decayed_weights(
@@ -19,11 +20,15 @@ def add_decayed_weights(
     zero: it adds $\lambda x \, [u x \ge 0]$ (https://arxiv.org/abs/2510.12402, algorithm 1).
 
     Args:
-        weight_decay: a number or traced scalar; 0 adds nothing.
+        weight_decay: a number or traced scalar, not below 0; 0 adds nothing.
         mask: which leaves decay; None: all.
         cautious: decay only where the update doesn't oppose it.
+
+    Raises:
+        ValueError: a decay below 0, infinite or undefined.
     """
-    if isinstance(weight_decay, float | int) and weight_decay == 0:
+    check_range("add_decayed_weights", 0.0, float("inf"), weight_decay=weight_decay)
+    if known(weight_decay) == 0:
         return optax.with_extra_args_support(optax.identity())
 
     def decayed(update: jax.Array, param: jax.Array, decays: bool) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm import tree
+from jaxlm.numbers import is_whole, known
 from jaxlm.optim._leaves import at, check_range, need, next_count, transformation
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     Raises:
         ValueError: `max_norm` isn't above 0.
     """
-    if isinstance(max_norm, float | int) and not max_norm > 0:
+    if (number := known(max_norm)) is not None and not number > 0:
         raise ValueError(f"clip_by_global_norm: max_norm is {max_norm}; use a number above 0")
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -139,8 +140,8 @@ def dynamic_loss_scale(
     if initial < smallest:
         raise ValueError(f"dynamic_loss_scale: initial is {initial}, below the smallest, {smallest}; use at least that")
     for name, value in {"growth_interval": growth_interval, "patience": patience}.items():
-        if value < 1:
-            raise ValueError(f"dynamic_loss_scale: {name} is {value}; use 1 or more")
+        if not is_whole(value):
+            raise ValueError(f"dynamic_loss_scale: {name} is {value}; use a whole number, 1 or more")
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> LossScaleState:

@@ -8,6 +8,7 @@ import optax
 
 from jaxlm.optim._adam import init_moments, moments
 from jaxlm.optim._leaves import (
+    TINY,
     Mask,
     Scalar,
     at,
@@ -19,6 +20,7 @@ from jaxlm.optim._leaves import (
     map_leaves,
     need,
     next_count,
+    scale_by_learning_rate,
     transformation,
 )
 
@@ -57,7 +59,8 @@ def scale_by_lamb(
         ValueError: a beta, `eps` or `trust_clip` out of range.
     """
     check_range("scale_by_lamb", 0.0, 1.0, b1=b1, b2=b2)
-    check_range("scale_by_lamb", 0.0, float("inf"), eps=eps)
+    check_range("scale_by_lamb", TINY, float("inf"), eps=eps)
+    check_range("scale_by_lamb", 0.0, float("inf"), weight_decay=weight_decay)
     if trust_clip is not None and not 0 <= trust_clip[0] <= trust_clip[1]:
         raise ValueError(f"scale_by_lamb: trust_clip is {trust_clip}; use (low, high) with 0 <= low <= high")
 
@@ -99,7 +102,7 @@ def lamb(learning_rate: Scalar, **options: Any) -> optax.GradientTransformationE
         learning_rate: a number or a schedule.
         options: those of `scale_by_lamb`, weight decay among them.
     """
-    return optax.chain(scale_by_lamb(**options), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(scale_by_lamb(**options), scale_by_learning_rate("lamb", learning_rate))
 
 
 def _trust_ratio(param: jax.Array, direction: jax.Array, clip: tuple[float, float] | None) -> jax.Array:

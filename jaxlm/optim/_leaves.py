@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxlm import tree
+from jaxlm.numbers import known
 
 Mask = Any
 """A pytree (or a prefix of one) of bools, or a function of the parameters that returns one; None: see the function."""
@@ -19,6 +20,9 @@ Scalar = Any
 
 LARGEST = 1e15
 """Gradient elements beyond it count as it, so that no sum of squares overflows float32 and stays there."""
+
+TINY = float(np.finfo(np.float32).tiny)
+"""Devices may take for 0 what is smaller."""
 
 
 def by_name(patterns: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -133,8 +137,14 @@ def debias(decay: Any, count: jax.Array) -> jax.Array:
 def check_range(function: str, low: float, high: float, **values: Any) -> None:
     """Raises a ValueError for numbers outside `low <= value < high`; schedules and traced scalars are let through."""
     for name, value in values.items():
-        if isinstance(value, float | int) and not low <= value < high:
+        if (number := known(value)) is not None and not low <= number < high:
             raise ValueError(f"{function}: {name} is {value}; use {low} <= {name} < {high}")
+
+
+def scale_by_learning_rate(function: str, learning_rate: Scalar) -> optax.GradientTransformation:
+    """Optax's, of a schedule, or of a number that isn't below 0."""
+    check_range(function, 0.0, math.inf, learning_rate=learning_rate)
+    return optax.scale_by_learning_rate(learning_rate)
 
 
 def need(params: Any, function: str) -> Any:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.numbers import known
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
     Mask,
@@ -16,6 +17,7 @@ from jaxlm.optim._leaves import (
     check_range,
     map_leaves,
     next_count,
+    scale_by_learning_rate,
     transformation,
     wide_zeros,
 )
@@ -41,7 +43,7 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> optax.GradientTransfor
         ValueError: a beta out of range.
     """
     check_range("scale_by_lion", 0.0, 1.0, b1=b1, b2=b2)
-    if isinstance(b2, float | int) and b2 == 0:
+    if known(b2) == 0:
         raise ValueError("scale_by_lion: b2 is 0, so nothing is kept of past gradients; use 0 < b2 < 1")
 
     def init(params: Any) -> optax.ScaleByLionState:
@@ -82,5 +84,5 @@ def lion(
     return optax.chain(
         scale_by_lion(b1, b2),
         add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate("lion", learning_rate),
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm import tree
+from jaxlm.numbers import is_whole
 from jaxlm.optim._adam import adamw
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
@@ -23,6 +24,7 @@ from jaxlm.optim._leaves import (
     layers,
     map_leaves,
     next_count,
+    scale_by_learning_rate,
     transformation,
     wide_zeros,
     zeros_without,
@@ -52,6 +54,9 @@ class Orthogonalize:
     eps: float
     """Added to the Frobenius norm, by which a matrix is divided first."""
 
+    def __post_init__(self):
+        check_range("Orthogonalize", 0.0, float("inf"), eps=self.eps)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Of matrices `[... R C]`, R at most C; also of zeros, which stay."""
         x = x.astype(self.dtype)
@@ -74,6 +79,7 @@ def newton_schulz(
     eps: float = 1e-7,
 ) -> Orthogonalize:
     """Muon's own way: one quintic, steep at 0, which brings singular values to between 0.7 and 1.2."""
+    _check_steps("newton_schulz", steps)
     return Orthogonalize((coefficients,) * steps, dtype, eps)
 
 
@@ -82,11 +88,15 @@ def polar_express(steps: int = 5, *, dtype: Any = jnp.bfloat16, eps: float = 1e-
 
     All but the last divide by 1.01 first, lest rounding to bfloat16 leave singular values that grow.
     """
-    if steps < 1:
-        raise ValueError(f"polar_express: {steps} steps; use 1 or more")
+    _check_steps("polar_express", steps)
     table = [*POLAR_EXPRESS[:steps], *POLAR_EXPRESS[-1:] * (steps - len(POLAR_EXPRESS))]
     safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in table[:-1]]
     return Orthogonalize((*safe, *table[-1:]), dtype, eps)
+
+
+def _check_steps(function: str, steps: int) -> None:
+    if not is_whole(steps):
+        raise ValueError(f"{function}: steps is {steps}; use a whole number, 1 or more")
 
 
 def match_adamw(inputs: int, outputs: int) -> float:
@@ -216,7 +226,7 @@ def muon(
             "muon": optax.chain(
                 scale_by_muon(**options),
                 add_decayed_weights(weight_decay, decay_mask, cautious=cautious),
-                optax.scale_by_learning_rate(learning_rate),
+                scale_by_learning_rate("muon", learning_rate),
             ),
             "adamw": adamw(
                 learning_rate if adamw_learning_rate is None else adamw_learning_rate,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.numbers import is_whole
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
+    TINY,
     Mask,
     Scalar,
     at,
@@ -20,6 +22,7 @@ from jaxlm.optim._leaves import (
     layerwise,
     map_leaves,
     next_count,
+    scale_by_learning_rate,
     transformation,
     wide_zeros,
 )
@@ -80,9 +83,9 @@ def scale_by_soap(
         ValueError: an argument out of range.
     """
     check_range("scale_by_soap", 0.0, 1.0, b1=b1, b2=b2, shampoo_b2=shampoo_b2)
-    check_range("scale_by_soap", 0.0, float("inf"), eps=eps)
-    if every < 1:
-        raise ValueError(f"scale_by_soap: every is {every}; use 1 or more updates")
+    check_range("scale_by_soap", TINY, float("inf"), eps=eps)
+    if not is_whole(every):
+        raise ValueError(f"scale_by_soap: every is {every}; use a whole number of updates, 1 or more")
 
     def init(params: Any) -> SoapState:
         def sides(param: Any, split: bool) -> tuple[Sides, Sides]:
@@ -151,7 +154,7 @@ def soap(
     return optax.chain(
         scale_by_soap(**options),
         add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate("soap", learning_rate),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import stages as staging
+from jaxlm.numbers import is_whole, known
 from jaxlm.schedules._shapes import Piece, constant, linear
 from jaxlm.schedules._steps import LAST, Schedule, Value, counted, whole
 
@@ -99,7 +100,13 @@ def scaled(schedule: Schedule, by: Value | Schedule) -> Schedule:
 
 
 def clipped(schedule: Schedule, low: Value | None = None, high: Value | None = None) -> Schedule:
-    """A schedule whose values are `low` at least and `high` at most."""
+    """A schedule whose values are `low` at least and `high` at most.
+
+    Raises:
+        ValueError: `low` is above `high`.
+    """
+    if (least := known(low)) is not None and (most := known(high)) is not None and not least <= most:
+        raise ValueError(f"clipped: from {low} to {high}; use a low that isn't above high")
     return lambda step: jnp.clip(schedule(step), low, high)
 
 
@@ -161,8 +168,8 @@ def _units(before: int, tokens: int, unit: int, steps: int) -> Schedule:
 
     With whole units a step, and what is left over as a fraction in lowest terms: (rest + few * step) // parts.
     """
-    if min(tokens, unit) < 1:
-        raise ValueError(f"by_tokens: {tokens} tokens a step in units of {unit}; use 1 or more of both")
+    if not (is_whole(tokens) and is_whole(unit)):
+        raise ValueError(f"by_tokens: {tokens} tokens a step in units of {unit}; use 1 or more of both, whole numbers")
     done, rest = divmod(before, unit)
     each, few = divmod(tokens, unit)
     common = math.gcd(few, unit)

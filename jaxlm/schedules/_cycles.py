@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxlm.schedules import _compose
 from jaxlm.schedules._shapes import Piece, constant, cosine, half_wave, linear
-from jaxlm.schedules._steps import LAST, Schedule, Value, counted, positive, raised, whole
+from jaxlm.schedules._steps import LAST, Schedule, Value, counted, finite, positive, raised, whole
 
 
 def cosine_restarts(
@@ -31,6 +31,7 @@ def cosine_restarts(
     [1.0, 1.0, 0.5, 1.0]
     """
     first, multiple = whole("cosine_restarts: first", first), whole("cosine_restarts: multiple", multiple)
+    finite("cosine_restarts: peak and end", peak, end)
     positive("cosine_restarts: peak_decay", peak_decay)
     begins, lengths = [0], [first]
     while multiple > 1 and begins[-1] + lengths[-1] <= LAST:
@@ -87,6 +88,7 @@ def cyclic(
     down = up if down is None else down
     period = whole("cyclic: up", up) + whole("cyclic: down", down)
     whole("cyclic: up and down together", period)
+    finite("cyclic: low and high", low, high)
     positive("cyclic: cycle_decay", cycle_decay)
     positive("cyclic: step_decay", step_decay)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.schedules._steps import Schedule, Value, counted, positive, raised, whole
+from jaxlm.schedules._steps import Schedule, Value, counted, finite, positive, raised, whole
 
 Piece = Callable[[Value, Value, int], Schedule]
 """`(start, end, steps) -> schedule`: exactly `start` at step 0, exactly `end` from step `steps` on."""
@@ -18,6 +18,7 @@ def _piece(start: Value, end: Value, steps: int, between: Callable[[jax.Array, j
     Both are quotients of exact integers, so neither loses digits near 0 as `1 - share` would.
     """
     steps = whole("steps", steps)
+    finite("start and end", start, end)
     parts = max(steps, 2)  # so that there is something between the ends, if only for gradients to be finite
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
@@ -126,6 +127,7 @@ def exponential(start: Value, end: Value, steps: int) -> Schedule:
 
 def constant(value: Value) -> Schedule:
     """The same value at every step."""
+    finite("constant", value)
     return lambda step: jnp.full(counted(step).shape, value, float)
 
 
@@ -141,6 +143,7 @@ def step_decay(value: Value, factor: Value, every: int) -> Schedule:
     >>> [float(schedule(step)) for step in (9, 10, 35)]
     [1.0, 0.5, 0.125]
     """
+    finite("step_decay: value", value)
     positive("step_decay: the factor", factor)
     every = whole("step_decay: every", every)
     return lambda step: value * raised(factor, counted(step) // every)
@@ -157,6 +160,7 @@ def inverse_sqrt(peak: Value, timescale: Value) -> Schedule:
         peak: a, the value at step 0.
         timescale: τ, above 0; after three times as many steps half the peak is left.
     """
+    finite("inverse_sqrt: peak", peak)
     positive("inverse_sqrt: the timescale", timescale)
     return lambda step: peak / jnp.sqrt(1 + counted(step).astype(float) / timescale)
 
@@ -172,6 +176,7 @@ def power(peak: Value, coefficient: Value, exponent: Value) -> Schedule:
         coefficient: c, above 0.
         exponent: b, below 0; the paper's is -0.51.
     """
+    finite("power: peak", peak)
     positive("power: the coefficient", coefficient)
     positive("power: minus the exponent", -exponent)
 

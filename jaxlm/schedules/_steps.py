@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlm.numbers import known
+
 Schedule = optax.Schedule
 """`step -> value`; the step an integer or an array of them."""
 
@@ -38,9 +40,16 @@ def whole(what: str, number: int, least: int = 1) -> int:
 
 
 def positive(what: str, number: Value) -> None:
-    """Refuses a number that is not above 0; what is traced is let through."""
-    if isinstance(number, int | float) and not number > 0:
+    """Refuses a number that is not above 0, or infinite; what is traced is let through."""
+    if (value := known(number)) is not None and not 0 < value < math.inf:
         raise ValueError(f"{what}: {number}; use a number above 0")
+
+
+def finite(what: str, *numbers: Value) -> None:
+    """Refuses numbers that are infinite or undefined; what is traced is let through."""
+    for number in numbers:
+        if not math.isfinite(known(number) or 0):
+            raise ValueError(f"{what}: {number}; use a finite number")
 
 
 def raised(factor: Value, times: jax.Array) -> jax.Array:

@@ -310,21 +310,32 @@ def test_cudnn_is_its_formula(mask: Any, key_heads: int, dtype: Any):
         (splash, {"first": 3}, "splash: computes whole rows"),
         (blockwise, {"first": jnp.zeros((), int)}, "blockwise: computes whole rows, .* use dense"),
         (functools.partial(blockwise, block=0), {}, "blockwise: block is 0; use 1 or more"),
+        (None, {"segments": jnp.ones((1, 256), int)}, r"segment numbers \(1, 256\)"),
+        (None, {"softcap": float("inf")}, "softcap is inf"),
         (None, {"softcap": 0.0}, "attention: softcap is 0.0; use a number above 0"),
-        (None, {"segments": jnp.ones((ROWS, 9), int)}, "9 segment numbers for 256 queries and 256 keys"),
+        (None, {"segments": jnp.ones((ROWS, 9), int)}, r"segment numbers \(\d, 9\) for queries \(\d, 256\)"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_what_cannot_be_done_is_refused(implementation: Any, options: dict[str, Any], message: str):
     arrays = kernel_inputs(dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *x: attention(*x, implementation=implementation, **options), *arrays)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_shapes_and_dtypes_that_cannot_be_done_are_refused():
     def run(implementation: Any, heads: tuple[int, int], length: int, width: int, dtype: Any = jnp.bfloat16) -> None:
         shapes = (jax.ShapeDtypeStruct((1, length, n, width), dtype) for n in (*heads, heads[1]))
         jax.eval_shape(lambda *x: attention(*x, implementation=implementation), *shapes)
 
+    q, k = (jax.ShapeDtypeStruct((2, 8, heads, 16), jnp.float32) for heads in (4, 2))
+    for value in ((2, 8, 1, 16), (1, 8, 2, 16), (2, 7, 2, 16)):  # the first two would be broadcast
+        with pytest.raises(ValueError, match="keys and values must be alike"):
+            jax.eval_shape(attention, q, k, jax.ShapeDtypeStruct(value, jnp.float32))
+    one_row = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32)
+    with pytest.raises(ValueError, match="as many rows, and heads as wide, as queries"):
+        jax.eval_shape(attention, q, one_row, one_row)
     with pytest.raises(ValueError, match="4 query heads are not divisible by 3 key heads"):
         run(None, (4, 3), 8, 8)
     with pytest.raises(ValueError, match="cudnn: computes in bfloat16 or float16, not float32"):

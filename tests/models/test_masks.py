@@ -125,14 +125,19 @@ def test_few_blocks_of_a_window_are_looked_at(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masks.window(0), "window: the width is 0; use 1 or more"),
+        (lambda: masks.window(0), "window: the width is 0; use a whole number, 1 or more"),
+        (lambda: masks.window(float("nan")), "window: the width is nan"),  # which would see what comes after
+        (lambda: masks.window(2.5), "window: the width is 2.5"),
+        (lambda: masks.window(True), "window: the width is True"),
+        (lambda: masks.strided(2.5, 2), "size is 2.5"),
         (lambda: masks.strided(0, 2), "size is 0"),
-        (lambda: masks.strided(2, 0), "strided: stride is 0; use 1 or more"),
+        (lambda: masks.strided(2, 0), "strided: stride is 0; use a whole number, 1 or more"),
         (lambda: masks.fixed(2, 0), "fixed: stride is 0"),
         (lambda: masks.bigbird(2, window=0), "bigbird: window is 0"),
-        (lambda: masks.bigbird(2, random=-1), "bigbird: random is -1; use 0 or more"),
+        (lambda: masks.bigbird(2, random=-1), "bigbird: random is -1; use a whole number, 0 or more"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_impossible_masks_are_refused(make: Callable[[], Mask], message: str):
     with pytest.raises(ValueError, match=message):
         make()

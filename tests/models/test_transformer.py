@@ -44,7 +44,7 @@ def logits(params: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"vocab": 0}, "vocab is 0; use 1 or more"),
+        ({"vocab": 0}, "vocab is 0; use a whole number, 1 or more"),
         ({"layers": 0}, "layers is 0"),
         ({"width": 0}, "width is 0"),
         ({"heads": 0}, "heads is 0"),
@@ -54,11 +54,21 @@ def logits(params: Any) -> np.ndarray:
         ({"kv_heads": 3}, "4 heads are not divisible by 3 kv_heads"),
         ({"heads": 16, "kv_heads": 16}, "even head width"),
         ({"windows": ()}, "windows are \\(\\)"),
-        ({"windows": (0,)}, "windows are .*; use widths of 1 or more, or None"),
+        ({"windows": (0,)}, "windows are .*; use whole numbers of 1 or more, or None"),
         ({"windows": (2, None)}, "1 layers are not divisible by the 2 of windows"),
         ({"softcap": 0.0}, "softcap is 0.0; use a number above 0, or None"),
+        ({"softcap": math.inf}, "softcap is inf"),
+        ({"layers": True}, "layers is True"),
+        ({"heads": 4.0}, "heads is 4.0"),
+        ({"windows": (1.5,)}, "windows are"),
+        ({"windows": (math.nan,)}, "windows are"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0; use a number above 0"),
+        ({"rope_theta": math.nan}, "rope_theta is nan"),
+        ({"norm_epsilon": -1.0}, "norm_epsilon is -1.0"),
+        ({"norm_epsilon": math.inf}, "norm_epsilon is inf"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_config_refuses_impossible_shapes(wrong: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**{"vocab": 8, "layers": 1, "width": 16, "heads": 4} | wrong)
@@ -186,6 +196,17 @@ def test_a_cache_keeps_its_dtype(params: Any):
     piece, cache = jax.eval_shape(lambda cache: apply(params, TOKENS, cache=cache), empty)
     assert piece.dtype == jnp.float32
     assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(lambda x: (x.shape, x.dtype), empty)
+
+
+def test_tokens_that_do_not_fit_in_the_cache_are_refused_or_undefined(params: Any):
+    with pytest.raises(ValueError, match=f"{LENGTH} tokens for a cache of {LENGTH - 1}"):
+        apply(params, TOKENS, cache=empty_cache(CONFIG, ROWS, LENGTH - 1))
+    logits, cache = apply(params, TOKENS[:, :5], cache=empty_cache(CONFIG, ROWS, LENGTH))
+    assert np.isfinite(logits).all()
+    logits, _ = apply(params, TOKENS[:, 5:], cache=cache)
+    assert np.isfinite(logits).all()
+    logits, _ = apply(params, TOKENS[:, : LENGTH - 4], cache=cache)  # one more than is left
+    assert np.isnan(logits).all()
 
 
 def test_a_cache_and_segments_exclude_each_other(params: Any):

@@ -1,5 +1,6 @@
 """What holds for all schedules: any integer is a step, jitted or not, and no gradient is infinite."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -175,10 +176,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: schedules.sequence((abs, LAST), (abs, 1), then=abs),
         "sequence: steps in all: 2147483648",
     ),
+    "start": (lambda: schedules.cosine(math.nan, 0, 9), "start and end: nan; use a finite number"),
+    "end": (lambda: schedules.linear(1, math.inf, 9), "start and end: inf"),
+    "constant": (lambda: schedules.constant(np.float32(math.nan)), "constant: nan"),
+    "peak": (lambda: schedules.cosine_restarts(math.inf, 9), "cosine_restarts: peak and end: inf"),
+    "high": (lambda: schedules.triangular(0, math.nan, 9), "cyclic: low and high: nan"),
+    "step decay of": (lambda: schedules.step_decay(math.nan, 0.5, 9), "step_decay: value: nan"),
+    "infinite factor": (lambda: schedules.step_decay(1, math.inf, 9), "step_decay: the factor: inf"),
+    "inverse_sqrt": (lambda: schedules.inverse_sqrt(math.nan, 9), "inverse_sqrt: peak: nan"),
+    "power": (lambda: schedules.power(math.nan, 1, -0.5), "power: peak: nan"),
+    "clipped": (lambda: schedules.clipped(abs, 1.0, 0.0), r"clipped: from 1.0 to 0.0; use a low"),
     "nothing": (lambda: schedules.piecewise({}), r"piecewise: values at the steps \[\]; begin with 0"),
     "no value at 0": (lambda: schedules.piecewise_constant({1: 1.0}), r"at the steps \[1\]; begin with 0"),
     "out of order": (lambda: schedules.piecewise({0: 1.0, 9: 2.0, 5: 1.0}), r"\[0, 9, 5\]; begin with 0 and go upward"),
     "no unit": (lambda: schedules.by_tokens(abs, 1, unit=0), "1 tokens a step in units of 0; use 1 or more"),
+    "unit of a float": (
+        lambda: schedules.by_tokens(abs, 1, unit=1e6),
+        "units of 1000000.0; use 1 or more of both, whole",
+    ),
     "no tokens": (lambda: schedules.by_tokens(abs, 1, unit=1, ramp=[(1, 0)]), "0 tokens a step in units of 1"),
     "small unit": (lambda: schedules.by_tokens(abs, 2**40, unit=2), "1099511627776 tokens a step in units of 2 have"),
     "odd unit": (lambda: schedules.by_tokens(abs, 500_003, unit=10**6), "too little in common .* a multiple of 500003"),
@@ -186,6 +201,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.usefixtures("unchecked_types")
 def test_what_is_refused_says_why(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
