@@ -58,8 +58,8 @@ def write_report(folder: Path, results: Mapping[str, str]) -> Path:
 
 def smooth(values: Sequence[float], window: int) -> Float[np.ndarray, " N"]:
     """The mean of each value and up to `window - 1` before it."""
-    padded = np.concatenate([np.zeros(window - 1), values])
-    sums = np.lib.stride_tricks.sliding_window_view(padded, window).sum(axis=1)
+    padded = np.concatenate([np.zeros(window), values])
+    sums = np.lib.stride_tricks.sliding_window_view(padded, window)[1:].sum(axis=1)
     return sums / np.minimum(np.arange(1, len(values) + 1), window)
 
 
