@@ -54,7 +54,7 @@ class Stage:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"Stage: learning_rate is {self.learning_rate}; use a number above 0")
         if self.weights is not None and not (
-            min(self.weights.values(), default=-1) >= 0 and sum(self.weights.values()) > 0
+            min(self.weights.values(), default=-1) >= 0 and 0 < sum(self.weights.values()) < math.inf
         ):
             raise ValueError(f"Stage: the weights are {dict(self.weights)}; use 0 or more, and more than 0 for one")
 

@@ -91,7 +91,8 @@ def make_step(grad_fn: GradFn, optimizer: optax.GradientTransformation, key: jax
                 "compute in float16 by precision.compute_in"
             )
         weight = aux.weight_sum
-        one_over_weight = jnp.where(weight > 0, 1 / weight, jnp.where(weight == 0, 0, jnp.nan))
+        # The root is 0 of 0, and NaN of what is no weight, but of no other, where it would mislead `jax_debug_nans`.
+        one_over_weight = jnp.where(weight > 0, 1 / weight, jnp.sqrt(weight))
         grads, means = jax.tree.map(
             lambda x: (x * one_over_weight).astype(x.dtype), (grads, {"loss": loss_sum, **aux.metrics})
         )

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from states import ABOUT, names, same, save, state_at
 
 from jaxlm import checkpoint, files, train
@@ -119,6 +121,26 @@ def test_parameters_that_are_not_finite_are_never_saved(
     with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
         assert same(checkpoints.restore(good), good)
     assert names(tmp_path) == ["0"]
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec()])
+def test_nor_are_those_of_which_one_device_of_several_has_such_a_part(spec: PartitionSpec, tmp_path: Path) -> None:
+    mesh = jax.make_mesh((4,), ("data",))
+    for value in (math.nan, -math.nan, math.inf):
+        w = jax.device_put(jnp.ones(8).at[5].set(value), NamedSharding(mesh, spec))
+        checkpoints = checkpoint.Checkpoints(tmp_path, ABOUT)
+        checkpoints.save(train.start({"w": w}, optax.sgd(0.1)))
+        with pytest.raises(FloatingPointError, match="w first"):
+            checkpoints.close()
+    assert names(tmp_path) == ["0.unfinished"]
+
+
+def test_a_run_goes_back_from_parameters_that_are_not_finite(tmp_path: Path) -> None:
+    with checkpoint.Checkpoints(tmp_path, ABOUT) as checkpoints:
+        for step, value in ((3, 1.0), (6, math.nan)):
+            state = train.start({"w": jnp.full(2, value)}, optax.sgd(0.1))
+            checkpoints.save(state._replace(step=jnp.asarray(step)))
+        assert checkpoints.rewind(5) == 3
 
 
 def test_a_leaf_without_elements_is_refused_before_a_run_begins(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.experimental import pallas as pl
 
 from jaxlm.nans import first_nan
+from jaxlm.train import make_step, start
+from jaxlm.types import Aux, Batch, Params
 
 
 def line_of(function: Callable[..., Any], text: str) -> str:
@@ -99,3 +102,17 @@ def test_in_a_reduction_of_our_own() -> None:
 
 def test_an_argument_that_is_one_already() -> None:
     assert first_nan(jnp.sqrt, jnp.array([jnp.nan])) == "the arguments have a NaN"
+
+
+def test_a_step_makes_no_nan_of_its_own() -> None:
+    def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
+        del key
+        return jnp.sum(params["w"] * batch["x"]), Aux(jnp.sum(batch["x"]), {})
+
+    step = make_step(jax.value_and_grad(loss, has_aux=True), optax.adamw(1e-3), jax.random.key(0))
+    state = start({"w": jnp.ones(2)}, optax.adamw(1e-3))
+    with jax.debug_nans(True):
+        for weight in (1.0, 0.0):
+            step(state, {"x": jnp.full(2, weight)})
+        with pytest.raises(FloatingPointError):
+            step(state, {"x": -jnp.ones(2)})

@@ -63,6 +63,7 @@ def test_presets() -> None:
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"weights": {"a": 0, "b": 0}}, "weights are"),
         ({"weights": {"a": -1, "b": 2}}, "weights are"),
+        ({"weights": {"a": float("inf"), "b": 1}}, "weights are"),
         ({"weights": {}}, "weights are"),
     ],
 )

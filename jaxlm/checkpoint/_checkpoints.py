@@ -1,5 +1,6 @@
 """Saving in the background, restoring what is whole: Orbax moves the arrays, the rest is here."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -217,6 +218,7 @@ class Checkpoints:
 
         Raises:
             OSError: it failed; older checkpoints are intact.
+            FloatingPointError: as `save`, of the last one.
         """
         self._settle()
         if self._failed:
@@ -310,7 +312,10 @@ class Checkpoints:
         Returns:
             The step of the newest that is left; 0 if there is none.
         """
-        self._settle()
+        with contextlib.suppress(
+            FloatingPointError
+        ):  # of the save under way, which doesn't count, and is of a later step
+            self._settle()
         last = max(step, min(self._steps, default=0))
         self._scores = {scored: value for scored, value in self._scores.items() if scored <= last}
 
@@ -334,6 +339,7 @@ class Checkpoints:
 
         Raises:
             OSError: it failed; older checkpoints are intact.
+            FloatingPointError: as `save`, of the last one.
         """
         try:
             self.wait()

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.numbers import is_whole
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
     LARGEST,
@@ -86,13 +85,11 @@ def scale_by_adafactor(
         ValueError: an argument out of range.
     """
     name, infinity = "scale_by_adafactor", float("inf")
-    check_range(name, 0.0, infinity, b2_decay=b2_decay, eps2=eps2, min_factored=min_factored)
+    check_range(name, 0.0, infinity, b2_decay=b2_decay, eps2=eps2, min_factored=min_factored, b2_offset=b2_offset)
     check_range(name, TINY, infinity, eps1=eps1)
     check_range(name, 0.0, 1.0, momentum=momentum)
     if not 0 < b2_cap <= 1:
         raise ValueError(f"{name}: b2_cap is {b2_cap}; use 0 < b2_cap <= 1")
-    if not is_whole(b2_offset, 0):
-        raise ValueError(f"{name}: b2_offset is {b2_offset}; use a whole number of updates, 0 or more")
     if clip is not None and not clip > 0:
         raise ValueError(f"{name}: clip is {clip}; use a positive number, or None for no clipping")
 

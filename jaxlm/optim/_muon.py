@@ -14,6 +14,7 @@ from jaxlm.numbers import is_whole
 from jaxlm.optim._adam import adamw
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
+    TINY,
     Mask,
     Scalar,
     at,
@@ -55,7 +56,7 @@ class Orthogonalize:
     """Added to the Frobenius norm, by which a matrix is divided first."""
 
     def __post_init__(self):
-        check_range("Orthogonalize", 0.0, float("inf"), eps=self.eps)
+        check_range("Orthogonalize", TINY, float("inf"), eps=self.eps)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Of matrices `[... R C]`, R at most C; also of zeros, which stay."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxlm import stages as staging
 from jaxlm.numbers import is_whole, known
 from jaxlm.schedules._shapes import Piece, constant, linear
-from jaxlm.schedules._steps import LAST, Schedule, Value, counted, whole
+from jaxlm.schedules._steps import LAST, Schedule, Value, counted, finite, whole
 
 
 def sequence(*parts: tuple[Schedule, int], then: Schedule) -> Schedule:
@@ -96,6 +96,7 @@ def piecewise_constant(values: Mapping[int, Value]) -> Schedule:
 
 def scaled(schedule: Schedule, by: Value | Schedule) -> Schedule:
     """A schedule times a number, or times another."""
+    finite("scaled: by", by)
     return lambda step: jnp.multiply(schedule(step), by(step) if callable(by) else by)
 
 
@@ -103,9 +104,10 @@ def clipped(schedule: Schedule, low: Value | None = None, high: Value | None = N
     """A schedule whose values are `low` at least and `high` at most.
 
     Raises:
-        ValueError: `low` is above `high`.
+        ValueError: `low` is above `high`, or one of them undefined.
     """
-    if (least := known(low)) is not None and (most := known(high)) is not None and not least <= most:
+    least, most = known(low), known(high)
+    if not (-math.inf if least is None else least) <= (math.inf if most is None else most):
         raise ValueError(f"clipped: from {low} to {high}; use a low that isn't above high")
     return lambda step: jnp.clip(schedule(step), low, high)
 

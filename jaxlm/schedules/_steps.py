@@ -45,8 +45,8 @@ def positive(what: str, number: Value) -> None:
         raise ValueError(f"{what}: {number}; use a number above 0")
 
 
-def finite(what: str, *numbers: Value) -> None:
-    """Refuses numbers that are infinite or undefined; what is traced is let through."""
+def finite(what: str, *numbers: Value | Schedule) -> None:
+    """Refuses numbers that are infinite or undefined; what is traced is let through, and schedules are."""
     for number in numbers:
         if not math.isfinite(known(number) or 0):
             raise ValueError(f"{what}: {number}; use a finite number")

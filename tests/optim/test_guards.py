@@ -181,7 +181,7 @@ def test_per_layer_keeps_what_looks_at_the_whole_tree_whole():
         (lambda: optim.scale_by_lamb(trust_clip=(2.0, 1.0)), r"trust_clip is \(2.0, 1.0\)"),
         (lambda: optim.scale_by_adafactor(clip=0.0), "clip is 0.0"),
         (lambda: optim.scale_by_adafactor(clip=np.nan), "clip is nan"),
-        (lambda: optim.scale_by_adafactor(b2_offset=-1), "b2_offset is -1; use a whole number of updates, 0 or more"),
+        (lambda: optim.scale_by_adafactor(b2_offset=-1), "b2_offset is -1; use 0.0 <= b2_offset"),
         (lambda: optim.scale_by_adafactor(eps1=0.0), "eps1 is 0.0"),
         (lambda: optim.scale_by_adam(eps=0.0), "eps is 0.0"),  # where a gradient is 0 the update would be NaN
         (lambda: optim.scale_by_adam(eps=1e-50), "eps is 1e-50"),
@@ -200,6 +200,7 @@ def test_per_layer_keeps_what_looks_at_the_whole_tree_whole():
         (lambda: optim.scale_by_soap(every=2.5), "every is 2.5"),
         (lambda: optim.newton_schulz(0), "newton_schulz: steps is 0; use a whole number, 1 or more"),
         (lambda: optim.newton_schulz(eps=np.nan), "eps is nan"),
+        (lambda: optim.newton_schulz(eps=0.0), "eps is 0.0"),
         (lambda: optim.scale_by_adafactor(b2_cap=0.0), "b2_cap is 0.0"),
         (lambda: optim.scale_by_soap(every=0), "every is 0"),
         (lambda: optim.scale_by_muon().init(PARAMS), r"the leaf 'b' has shape \(5,\), so isn't a matrix.*AdamW"),

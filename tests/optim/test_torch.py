@@ -134,7 +134,7 @@ def test_muon(monkeypatch: pytest.MonkeyPatch, scale: Any, adjust: str, nesterov
     assert_same(
         lambda: optax.chain(
             optim.scale_by_muon(
-                nesterov=nesterov, scale=scale, orthogonalize=optim.newton_schulz(dtype=jnp.float64, eps=0.0)
+                nesterov=nesterov, scale=scale, orthogonalize=optim.newton_schulz(dtype=jnp.float64, eps=1e-37)
             ),
             optim.add_decayed_weights(0.1),
             optax.scale_by_learning_rate(1e-3),

@@ -186,6 +186,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "inverse_sqrt": (lambda: schedules.inverse_sqrt(math.nan, 9), "inverse_sqrt: peak: nan"),
     "power": (lambda: schedules.power(math.nan, 1, -0.5), "power: peak: nan"),
     "clipped": (lambda: schedules.clipped(abs, 1.0, 0.0), r"clipped: from 1.0 to 0.0; use a low"),
+    "clipped to nothing": (lambda: schedules.clipped(abs, math.nan), "clipped: from nan to None"),
+    "scaled": (lambda: schedules.scaled(abs, math.inf), "scaled: by: inf"),
     "nothing": (lambda: schedules.piecewise({}), r"piecewise: values at the steps \[\]; begin with 0"),
     "no value at 0": (lambda: schedules.piecewise_constant({1: 1.0}), r"at the steps \[1\]; begin with 0"),
     "out of order": (lambda: schedules.piecewise({0: 1.0, 9: 2.0, 5: 1.0}), r"\[0, 9, 5\]; begin with 0 and go upward"),
