@@ -1,7 +1,7 @@
 """Compares optimizers on one small language model, each with its best learning rate out of four.
 
 All learning rates and seeds of an optimizer train at once, as one compiled program: `jax.vmap` over a population. Seeds
-differ in the initial weights. It takes half an hour on two CPU cores, and writes runs/optimizers/ with optimizers.png.
+differ in the initial weights, not in batches. It takes half an hour on two CPU cores, and writes runs/optimizers/.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer
 from jaxlm.checkpoint import load_params
 from jaxlm.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_of
 from jaxlm.models import TransformerConfig, empty_cache, masks, transformer
-from jaxlm.numbers import is_whole, known
+from jaxlm.numbers import check_whole, known
 from jaxlm.tree import named_leaves
 from jaxlm.types import Params
 
@@ -48,8 +48,7 @@ def generate(
         ValueError: a length below 1, an empty prompt, an id in it that the model doesn't know, or a temperature that
             isn't 0 or more.
     """
-    if not is_whole(length):
-        raise ValueError(f"generate: length is {length}; use a whole number, 1 or more")
+    check_whole("generate", length=length)
     if not prompt.shape[1]:
         raise ValueError("generate: the prompt is empty; begin with one token at least")
     if (divisor := known(temperature)) is not None and not 0 <= divisor < math.inf:

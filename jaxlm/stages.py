@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jaxlm.numbers import is_whole
+from jaxlm.numbers import check_whole, is_whole
 
 MOST_ROW_LENGTHS = 6  # a program is compiled for each
 
@@ -43,9 +43,8 @@ class Stage:
             )
         object.__setattr__(self, "row_lengths", tuple(map(int, row_lengths)))
         for name in ("tokens_per_batch", "until_tokens", "window"):
-            value = getattr(self, name)
-            if not (value is None or is_whole(value)):
-                raise ValueError(f"Stage: {name} is {value}; use a whole number, 1 or more")
+            if (value := getattr(self, name)) is not None:
+                check_whole("Stage", **{name: value})
         if self.tokens_per_batch < row_lengths[-1]:
             raise ValueError(
                 f"Stage: {self.tokens_per_batch} tokens per batch don't hold a row of {row_lengths[-1]}; use more, or "

@@ -15,7 +15,7 @@ import optax
 from jaxlm import preflight, tree
 from jaxlm.compiled import Compiled, donating
 from jaxlm.grads import takes_loss_scale
-from jaxlm.numbers import is_whole
+from jaxlm.numbers import check_whole
 from jaxlm.optim import loss_scaling, skipped
 from jaxlm.types import Batch, GradFn, Metrics, Params, Step, TrainState
 
@@ -170,8 +170,7 @@ def fit(
             again. It names the steps; the batch of step n is that with the index n - 1.
         ValueError: `patience` is below 1, or a batch of NumPy's has integers beyond 32 bits, which JAX would cut off.
     """
-    if not is_whole(patience):
-        raise ValueError(f"fit: patience is {patience}; use a whole number, 1 or more")
+    check_whole("fit", patience=patience)
     run = step if isinstance(step, Compiled) else donating(step, state)
     taken, in_a_row, before = int(state.step), 0, Metrics()
     with preflight.explained():

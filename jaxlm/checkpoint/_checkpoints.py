@@ -312,9 +312,8 @@ class Checkpoints:
         Returns:
             The step of the newest that is left; 0 if there is none.
         """
-        with contextlib.suppress(
-            FloatingPointError
-        ):  # of the save under way, which doesn't count, and is of a later step
+        # The save under way may be of parameters that aren't finite: it doesn't count, and is of a later step.
+        with contextlib.suppress(FloatingPointError):
             self._settle()
         last = max(step, min(self._steps, default=0))
         self._scores = {scored: value for scored, value in self._scores.items() if scored <= last}

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxlm.numbers import is_whole
+from jaxlm.numbers import check_whole, is_whole
 
 EMPTY: Final = 0
 PARTIAL: Final = 1
@@ -104,7 +104,7 @@ class Blocks:
     parameters: tuple[Any, ...] = ()
 
     def __post_init__(self):
-        _at_least("blocks", 1, size=self.size)
+        check_whole("blocks", 1, size=self.size)
 
     def allowed(self, q: Any, k: Any) -> Any:
         return (k <= q) & self.rule(q // self.size, k // self.size, *self.parameters)
@@ -176,7 +176,7 @@ def strided(block: int, stride: int) -> Mask:
     Raises:
         ValueError: one of them is below 1.
     """
-    _at_least("strided", 1, stride=stride)
+    check_whole("strided", 1, stride=stride)
     return Blocks(block, _strided, (stride,))
 
 
@@ -191,7 +191,7 @@ def fixed(block: int, stride: int) -> Mask:
     Raises:
         ValueError: one of them is below 1.
     """
-    _at_least("fixed", 1, stride=stride)
+    check_whole("fixed", 1, stride=stride)
     return Blocks(block, _fixed, (stride,))
 
 
@@ -211,8 +211,8 @@ def bigbird(block: int, *, window: int = 3, first: int = 1, random: int = 2, see
     Raises:
         ValueError: `block` or `window` is below 1, or another below 0.
     """
-    _at_least("bigbird", 1, window=window)
-    _at_least("bigbird", 0, first=first, random=random, seed=seed)
+    check_whole("bigbird", 1, window=window)
+    check_whole("bigbird", 0, first=first, random=random, seed=seed)
     return Blocks(block, _bigbird, (window, first, random, seed))
 
 
@@ -261,9 +261,3 @@ def _bigbird(i: Any, j: Any, window: int, first: int, random: int, seed: int) ->
         mixed = (mixed * 30011 + i // 4096 + draw) % 65521
         seen = seen | (j == mixed % (i + (i == 0)))
     return seen
-
-
-def _at_least(name: str, least: int, **numbers: int) -> None:
-    for argument, number in numbers.items():
-        if not is_whole(number, least):
-            raise ValueError(f"{name}: {argument} is {number}; use a whole number, {least} or more")

@@ -19,7 +19,7 @@ from jaxlm.models.functional import functional
 from jaxlm.models.layers import Activation, FeedForward, Linear, Product, RMSNorm, rotary
 from jaxlm.models.masks import Mask, causal
 from jaxlm.models.masks import window as window_of
-from jaxlm.numbers import is_whole
+from jaxlm.numbers import check_whole, is_whole
 from jaxlm.types import Params
 
 
@@ -57,8 +57,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         for name in ("vocab", "layers", "width", "heads", "key_heads", "hidden_width"):
-            if not is_whole(getattr(self, name)):
-                raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)}; use a whole number, 1 or more")
+            check_whole("TransformerConfig", **{name: getattr(self, name)})
         if self.activation not in get_args(Activation):
             raise ValueError(
                 f"TransformerConfig: unknown activation {self.activation!r}; use one of {get_args(Activation)}"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm import tree
-from jaxlm.numbers import is_whole, known
+from jaxlm.numbers import check_whole, known
 from jaxlm.optim._leaves import at, check_range, need, next_count, transformation
 
 T = TypeVar("T")
@@ -139,9 +139,7 @@ def dynamic_loss_scale(
             raise ValueError(f"dynamic_loss_scale: {name} is {value}; use a power of two, at most 2**24")
     if initial < smallest:
         raise ValueError(f"dynamic_loss_scale: initial is {initial}, below the smallest, {smallest}; use at least that")
-    for name, value in {"growth_interval": growth_interval, "patience": patience}.items():
-        if not is_whole(value):
-            raise ValueError(f"dynamic_loss_scale: {name} is {value}; use a whole number, 1 or more")
+    check_whole("dynamic_loss_scale", growth_interval=growth_interval, patience=patience)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> LossScaleState:

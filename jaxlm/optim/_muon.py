@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm import tree
-from jaxlm.numbers import is_whole
+from jaxlm.numbers import check_whole
 from jaxlm.optim._adam import adamw
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
@@ -80,7 +80,7 @@ def newton_schulz(
     eps: float = 1e-7,
 ) -> Orthogonalize:
     """Muon's own way: one quintic, steep at 0, which brings singular values to between 0.7 and 1.2."""
-    _check_steps("newton_schulz", steps)
+    check_whole("newton_schulz", steps=steps)
     return Orthogonalize((coefficients,) * steps, dtype, eps)
 
 
@@ -89,15 +89,10 @@ def polar_express(steps: int = 5, *, dtype: Any = jnp.bfloat16, eps: float = 1e-
 
     All but the last divide by 1.01 first, lest rounding to bfloat16 leave singular values that grow.
     """
-    _check_steps("polar_express", steps)
+    check_whole("polar_express", steps=steps)
     table = [*POLAR_EXPRESS[:steps], *POLAR_EXPRESS[-1:] * (steps - len(POLAR_EXPRESS))]
     safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in table[:-1]]
     return Orthogonalize((*safe, *table[-1:]), dtype, eps)
-
-
-def _check_steps(function: str, steps: int) -> None:
-    if not is_whole(steps):
-        raise ValueError(f"{function}: steps is {steps}; use a whole number, 1 or more")
 
 
 def match_adamw(inputs: int, outputs: int) -> float:

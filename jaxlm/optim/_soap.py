@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.numbers import is_whole
+from jaxlm.numbers import check_whole
 from jaxlm.optim._decay import add_decayed_weights
 from jaxlm.optim._leaves import (
     TINY,
@@ -84,8 +84,7 @@ def scale_by_soap(
     """
     check_range("scale_by_soap", 0.0, 1.0, b1=b1, b2=b2, shampoo_b2=shampoo_b2)
     check_range("scale_by_soap", TINY, float("inf"), eps=eps)
-    if not is_whole(every):
-        raise ValueError(f"scale_by_soap: every is {every}; use a whole number of updates, 1 or more")
+    check_whole("scale_by_soap", every=every)
 
     def init(params: Any) -> SoapState:
         def sides(param: Any, split: bool) -> tuple[Sides, Sides]:
