@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm import tree
+from jaxlm.numbers import check_whole
 from jaxlm.sharding import MODEL, Layout, data_axes, row_axes
 from jaxlm.types import Aux, Batch, GradFn, LossFn, Params
 
@@ -31,10 +32,9 @@ def accumulate(grad_fn: GradFn, microbatches: int) -> GradFn:
         microbatches: how many slices of consecutive rows to cut the batch into.
 
     Raises:
-        ValueError: less than one microbatch, or (when traced) a batch whose rows they don't divide.
+        ValueError: `microbatches` isn't 1 or more, or (when traced) a batch whose rows they don't divide.
     """
-    if microbatches < 1:
-        raise ValueError(f"accumulate: {microbatches} microbatches; use 1 or more")
+    check_whole("accumulate", microbatches=microbatches)
     if microbatches == 1:
         return grad_fn
 

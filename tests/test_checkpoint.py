@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -237,16 +237,19 @@ def test_an_unfinished_checkpoint_counts_for_nothing_and_is_removed(tmp_path: Pa
     assert names(tmp_path) == ["1", "7"]
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_no_checkpoint_and_too_few_to_keep_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         checkpoint.load_params(tmp_path)
     save(tmp_path, 1)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 3"):
         checkpoint.load_params(tmp_path, 3)
-    with pytest.raises(ValueError, match="keep is 1; use 2 or more"):
-        checkpoint.Checkpoints(tmp_path, ABOUT, keep=1)
-    with pytest.raises(ValueError, match="keep_every is 0"):
-        checkpoint.Checkpoints(tmp_path, ABOUT, keep_every=0)
+    for keep in 1, 2.5, math.nan:
+        with pytest.raises(ValueError, match=f"keep is {keep}; use 2 or more"):
+            checkpoint.Checkpoints(tmp_path, ABOUT, keep=cast(Any, keep))
+    for every in 0, 0.5, math.nan:
+        with pytest.raises(ValueError, match=f"keep_every is {every}; use a whole number, 1 or more"):
+            checkpoint.Checkpoints(tmp_path, ABOUT, keep_every=cast(Any, every))
 
 
 def test_a_state_older_than_the_newest_checkpoint_is_refused(tmp_path: Path) -> None:

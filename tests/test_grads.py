@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import jax
@@ -181,9 +182,10 @@ def test_devices_add_up_after_the_last_microbatch(wrap: str, in_loop: bool):
     assert (False in where, True in where) == (not in_loop, in_loop)
 
 
-@pytest.mark.parametrize("microbatches", [0, -2])
-def test_accumulate_refuses_less_than_one_microbatch(microbatches: int):
-    with pytest.raises(ValueError, match=f"{microbatches} microbatches; use 1 or more"):
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("microbatches", [0, -2, 2.5, math.nan])
+def test_accumulate_refuses_less_than_one_microbatch(microbatches: Any):
+    with pytest.raises(ValueError, match=f"microbatches is {microbatches}; use a whole number, 1 or more"):
         accumulate(whole, microbatches)
 
 

@@ -198,5 +198,5 @@ def test_layers_of_another_name_are_refused():
 
 def test_less_than_one_microbatch_is_refused():
     for zero in range(4):
-        with pytest.raises(ValueError, match="0 microbatches; use 1 or more"):
+        with pytest.raises(ValueError, match="microbatches is 0; use a whole number"):
             grads.data_parallel(jax.value_and_grad(model(), has_aux=True), lay_out("8", zero), microbatches=0)

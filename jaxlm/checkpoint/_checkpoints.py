@@ -27,6 +27,7 @@ from jaxlm.checkpoint._reading import (
     shapes,
 )
 from jaxlm.checkpoint._writing import begin, compile_ahead, disk_error
+from jaxlm.numbers import check_whole, is_whole
 from jaxlm.output import warn
 from jaxlm.tree import named_leaves, nbytes
 from jaxlm.types import TrainState
@@ -48,15 +49,15 @@ class Checkpoints:
         keep_every: also keep those whose step is a multiple of this.
 
     Raises:
-        ValueError: `keep` is less than 2, or `keep_every` less than 1.
+        ValueError: `keep` isn't 2 or more, or `keep_every` 1 or more.
         RuntimeError: another process uses the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], about: Json, *, keep: int = 2, keep_every: int | None = None):
-        if keep < 2:
+        if not is_whole(keep, 2):
             raise ValueError(f"Checkpoints: keep is {keep}; use 2 or more: if the newest is damaged, there is another")
-        if keep_every is not None and keep_every < 1:
-            raise ValueError(f"Checkpoints: keep_every is {keep_every}; use 1 or more, or None")
+        if keep_every is not None:
+            check_whole("Checkpoints", keep_every=keep_every)
         self._folder = Path(folder).absolute()
         self._about: Json = json.loads(json.dumps(about))
         self._keep, self._keep_every = keep, keep_every

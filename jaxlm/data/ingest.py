@@ -27,6 +27,7 @@ from jaxlm.data.corpus import BLOCK, FORMAT, KINDS, SPLITS, Split
 from jaxlm.data.sources import Shard, UnreadableError
 from jaxlm.data.text import Document, python_library
 from jaxlm.data.tokenizers import Tokenizer, save_tokenizer
+from jaxlm.numbers import check_whole
 
 PART = 2**24  # bytes of text, stored as it may be, after which a part ends
 CHUNK = 2**18  # tokens that are in memory at once when parts are joined, unless a document has more
@@ -80,8 +81,7 @@ def write_corpus(
     path = Path(path)
     if not 0 <= heldout < 1:
         raise ValueError(f"write_corpus: heldout is {heldout}; use a share from 0 to less than 1")
-    if workers < 1:
-        raise ValueError(f"write_corpus: workers is {workers}; use 1 or more")
+    check_whole("write_corpus", workers=workers)
     if path.exists():
         raise FileExistsError(f"{path} exists; delete it or give another name")
     kept = isinstance(source, Sequence) and all(isinstance(shard, Shard) for shard in source)

@@ -20,6 +20,7 @@ from jaxlm import stages as staging
 from jaxlm.data import parts
 from jaxlm.data.packing import best_fit, one_a_row
 from jaxlm.data.parts import PIECE, Part, Pieces, Place, Start, ranges
+from jaxlm.numbers import is_whole
 from jaxlm.stages import Stage
 
 Lengths = Int[np.ndarray, " D"]
@@ -60,8 +61,8 @@ class Plan:
     """Documents of each corpus that have less than two tokens, and so nothing to predict: they are left out."""
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**128:
-            raise ValueError(f"plan: the seed is {self.seed}; use 0 or more")
+        if not (is_whole(self.seed, 0) and self.seed < 2**128):
+            raise ValueError(f"plan: the seed is {self.seed}; use a whole number, 0 or more")
         for name, documents in self.documents.items():
             if not len(documents):
                 raise ValueError(f"plan: no document of {name!r} has two tokens, so that there is nothing to predict")
@@ -69,7 +70,7 @@ class Plan:
             if stage.weights is not None and stage.weights.keys() != self.documents.keys():
                 raise ValueError(f"plan: weights of {sorted(stage.weights)} for the corpora {sorted(self.documents)}")
         ends = staging.steps(self.stages)
-        if self.passes is not None and (self.passes < 1 or ends != [None] or self.stages[0].weights):
+        if self.passes is not None and (not is_whole(self.passes) or ends != [None] or self.stages[0].weights):
             raise ValueError(
                 f"plan: {self.passes} passes; use 1 or more, for a single stage that has no end and no weights"
             )
@@ -106,7 +107,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Differs if any batch does."""
         stages = [dataclasses.asdict(stage) for stage in self.stages]
-        about = [VERSION, self.place.__name__, stages, self.seed, self.passes, list(self.documents)]
+        about = [VERSION, self.place.__name__, stages, int(self.seed), self.passes, list(self.documents)]
         digest = hashlib.sha256(json.dumps(about).encode())
         for documents in self.documents.values():
             digest.update(documents.tobytes())
@@ -216,7 +217,7 @@ def make_plan(
         documents[name] = found[each >= 2]
         too_short[name] = len(each) - len(documents[name])
     stages = (stages,) if isinstance(stages, Stage) else tuple(stages)
-    return Plan(documents, stages, place, int(seed), passes, too_short)
+    return Plan(documents, stages, place, seed, passes, too_short)
 
 
 def pack(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxlm.numbers import check_whole, is_whole
 from jaxlm.stages import MOST_ROW_LENGTHS
 
 MOST_CANDIDATES = 4096
@@ -33,16 +34,17 @@ def best_row_lengths(
             row's positions, and the result has the least padding.
 
     Raises:
-        ValueError: a count that isn't 1 to 6, or so small a multiple that there are more than 4096 candidates.
+        ValueError: a count that isn't 1 to 6, a multiple below 1, or so small that there are more than 4096 candidates.
 
     >>> best_row_lengths(np.array([10, 60, 61, 62, 500]), 2, multiple=16)
     (64, 512)
     """
-    if not 1 <= count <= MOST_ROW_LENGTHS:
+    check_whole("best_row_lengths", multiple=multiple)
+    if not (is_whole(count) and count <= MOST_ROW_LENGTHS):
         raise ValueError(f"best_row_lengths: the count is {count}; use 1 to {MOST_ROW_LENGTHS}")
     lengths = np.asarray(lengths, np.int64)
     most = -(-int(longest or lengths.max(initial=2)) // multiple)
-    if multiple < 1 or most > MOST_CANDIDATES:
+    if most > MOST_CANDIDATES:
         raise ValueError(
             f"best_row_lengths: {most} multiples of {multiple} to choose from; use a larger multiple, for "
             f"{MOST_CANDIDATES} of them at most"

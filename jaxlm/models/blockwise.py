@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 from jaxlm import tree
 from jaxlm.models import masks
 from jaxlm.models.masks import Mask
+from jaxlm.numbers import check_whole
 
 BLOCK: Final = 128
 """Positions in a block. On CPUs 64 to 256 are equally fast."""
@@ -99,12 +100,11 @@ def blockwise(
         block: positions in a block; rows are padded to a multiple of it.
 
     Raises:
-        ValueError: `first` isn't the number 0, there are not as many keys as queries, or `block` is below 1.
+        ValueError: `first` isn't the number 0, there are not as many keys as queries, or `block` isn't 1 or more.
     """
     if not whole_rows(q, k, first):
         raise ValueError("blockwise: computes whole rows, with no cache before them; use dense")
-    if block < 1:
-        raise ValueError(f"blockwise: block is {block}; use 1 or more, such as {BLOCK}")
+    check_whole("blockwise", block=block)
     batch, length, heads, width = q.shape
     key_heads, whole = k.shape[2], -(-length // block) * block
     grouped = jnp.moveaxis(q.reshape(batch, length, key_heads, heads // key_heads, width), 1, 3)

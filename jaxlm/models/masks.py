@@ -104,7 +104,7 @@ class Blocks:
     parameters: tuple[Any, ...] = ()
 
     def __post_init__(self):
-        check_whole("blocks", 1, size=self.size)
+        check_whole("blocks", size=self.size)
 
     def allowed(self, q: Any, k: Any) -> Any:
         return (k <= q) & self.rule(q // self.size, k // self.size, *self.parameters)
@@ -176,7 +176,7 @@ def strided(block: int, stride: int) -> Mask:
     Raises:
         ValueError: one of them is below 1.
     """
-    check_whole("strided", 1, stride=stride)
+    check_whole("strided", stride=stride)
     return Blocks(block, _strided, (stride,))
 
 
@@ -191,7 +191,7 @@ def fixed(block: int, stride: int) -> Mask:
     Raises:
         ValueError: one of them is below 1.
     """
-    check_whole("fixed", 1, stride=stride)
+    check_whole("fixed", stride=stride)
     return Blocks(block, _fixed, (stride,))
 
 
@@ -211,7 +211,7 @@ def bigbird(block: int, *, window: int = 3, first: int = 1, random: int = 2, see
     Raises:
         ValueError: `block` or `window` is below 1, or another below 0.
     """
-    check_whole("bigbird", 1, window=window)
+    check_whole("bigbird", window=window)
     check_whole("bigbird", 0, first=first, random=random, seed=seed)
     return Blocks(block, _bigbird, (window, first, random, seed))
 

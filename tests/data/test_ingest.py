@@ -13,6 +13,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -375,9 +376,11 @@ def test_memory_is_bounded_whatever_the_size(tmp_path: Path, monkeypatch: pytest
     assert peak < 4_000_000
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_wrong_use_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="workers is 0; use 1 or more"):
-        data.write_corpus(tmp_path / "corpus", data.shards(folder), BYTES, workers=0)
+    for workers in 0, 1.5:
+        with pytest.raises(ValueError, match=f"workers is {workers}; use a whole number"):
+            data.write_corpus(tmp_path / "corpus", data.shards(folder), BYTES, workers=cast(Any, workers))
     with pytest.raises(ValueError, match="2 workers share out shards; give a list of them, or use 1"):
         data.write_corpus(tmp_path / "corpus", iter(documents(folder)), BYTES, workers=2)
     with pytest.raises(ValueError, match="no documents in the train split, out of 0"):

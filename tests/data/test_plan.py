@@ -287,7 +287,9 @@ def test_fingerprint_is_of_the_batches() -> None:
         ([], {}, "no document of 'text' has two tokens"),
         ([0, 1, 1], {}, "no document of 'text' has two tokens"),
         ([9], {"seed": -1}, "seed is -1"),
+        ([9], {"seed": 0.5}, "seed is 0.5"),
         ([9], {"passes": 0}, "0 passes"),
+        ([9], {"passes": 1.5}, "1.5 passes"),
         ([9], {"passes": 1, "stages": [Stage([4], 8, until_tokens=100)]}, "no end"),
         ([9], {"passes": 1, "stages": [Stage([4], 8, weights={"text": 1})]}, "no weights"),
         ([9], {"stages": []}, "there is none"),
@@ -295,6 +297,7 @@ def test_fingerprint_is_of_the_batches() -> None:
         ([9], {"stages": [Stage([4], 8, weights={"code": 1})]}, r"weights of \['code'\] for the corpora \['text'\]"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_refuses(lengths: list[int], options: dict[str, Any], message: str) -> None:
     stages = options.pop("stages", Stage([4], 8))
     with pytest.raises(ValueError, match=message):

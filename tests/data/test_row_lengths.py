@@ -1,6 +1,7 @@
 """Row lengths by dynamic programming, against trying all of them."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,8 +56,15 @@ def test_the_least_padding_is_less_than_that_of_powers_of_two() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"count": 0}, "count is 0"), ({"count": 7}, "count is 7"), ({"count": 2, "multiple": 1}, "5000 multiples of 1")],
+    [
+        ({"count": 0}, "count is 0"),
+        ({"count": 7}, "count is 7"),
+        ({"count": 2.5}, "count is 2.5"),
+        ({"count": 2, "multiple": 0}, "multiple is 0"),
+        ({"count": 2, "multiple": 1}, "5000 multiples of 1"),
+    ],
 )
-def test_refuses(options: dict[str, int], message: str) -> None:
+@pytest.mark.usefixtures("unchecked_types")
+def test_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data.best_row_lengths(np.array([5000]), **options)
